@@ -1,0 +1,66 @@
+"""dsi: a model that somebody already loaded, at the speed of the hardware, without changing how it is called.
+
+    import dsi
+    engine = dsi.init_inference(model)
+    engine.generate(...)
+    engine.restore()
+
+Importing this package imports neither torch nor transformers; the functions that need them import them on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dsi.config import InferenceConfig, default_inference_config
+from dsi.errors import (
+    AmbiguousPolicyError,
+    ConfigError,
+    DsiError,
+    InjectionError,
+    InputError,
+    PluginError,
+    PolicyError,
+    ProfilingError,
+    RestoreError,
+    UnknownPolicyError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from dsi.api import init_inference, plan
+    from dsi.engine import InferenceEngine
+    from dsi.planner import Plan
+
+__version__ = "0.1.0"
+
+_LAZY = {"InferenceEngine": "dsi.engine", "Plan": "dsi.planner", "init_inference": "dsi.api", "plan": "dsi.api"}
+
+__all__ = [
+    "AmbiguousPolicyError",
+    "ConfigError",
+    "DsiError",
+    "InferenceConfig",
+    "InferenceEngine",
+    "InjectionError",
+    "InputError",
+    "Plan",
+    "PluginError",
+    "PolicyError",
+    "ProfilingError",
+    "RestoreError",
+    "UnknownPolicyError",
+    "UnsupportedModelError",
+    "default_inference_config",
+    "init_inference",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dsi' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,431 @@
+"""The public vocabulary of plugin authors: what a policy, a quantizer or a check is made of, and the hooks.
+
+Everything here is frozen data that names classes by string ("package.module:Class"), so that loading a plugin imports
+nothing heavy. This module imports attrs and pluggy alone.
+
+    Policy                 one architecture family
+    |-- Block              one layer class: its container, slots, facts and call convention
+    |   |-- Slot           Linear, Concat, Packed, Norm, Keep: which weights of the layer feed which place of the
+    container
+    |   |-- Fact           Config, Attr, Const: where a number that the container needs is read
+    |   `-- Call           how the parent calls the layer, and what the layer returns
+    |-- CausalLM           the parts around the layers, so that decoding can run without the model's own forward
+    `-- Context            the longest input, where positions are learned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import attrs
+import pluggy
+
+API_VERSION: tuple[int, int] = (1, 0)
+"""(major, minor) of this vocabulary. A plugin loads iff its `DSI_API` has this major and no higher minor."""
+
+hookspec = pluggy.HookspecMarker("dsi")
+hookimpl = pluggy.HookimplMarker("dsi")
+
+Split = Literal["column", "row", "none"]
+
+
+def _read_only(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(mapping))
+
+
+# typed on their own: a type checker cannot read the element type through `converter=tuple`
+def _tuple(values: Iterable[Any]) -> tuple[Any, ...]:
+    if isinstance(values, str):
+        raise TypeError(f"a sequence is wanted, and {values!r} is one string: write ({values!r},)")
+    return tuple(values)
+
+
+def _names(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(_tuple(values))
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """Why a policy does not take a model, in words for its user.
+
+    Args:
+        reason: what was found, e.g. "add_cross_attention=True is not implemented by the decoder container".
+        hint: what would do; may be empty.
+    """
+
+    reason: str
+    hint: str = ""
+
+
+# --- facts --------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Config:
+    """A fact read from the model's config by exact attribute; an absent one is a refusal, never a default."""
+
+    name: str
+
+
+@attrs.frozen
+class Attr:
+    """A fact read from the layer itself by dotted attribute, e.g. `Attr("self_attn.scaling")`."""
+
+    path: str
+
+
+@attrs.frozen
+class Const:
+    """A fact that holds for the whole architecture."""
+
+    value: Any
+
+
+Fact = Config | Attr | Const
+
+
+# --- slots --------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Slot:
+    """Base of all slots."""
+
+    def sources(self) -> tuple[str, ...]:
+        """Paths of the layer's submodules whose parameters this slot consumes."""
+        raise NotImplementedError
+
+
+@attrs.frozen(init=False)
+class Linear(Slot):
+    """One linear layer.
+
+    Args:
+        path: the submodule, e.g. "self_attn.o_proj".
+        split: how tensor parallelism cuts it: "column" (output rows), "row" (input columns) or "none".
+        transposed: the weight is stored [in, out] (Conv1D).
+    """
+
+    path: str
+    split: Split
+    transposed: bool
+
+    def __init__(self, path: str, *, split: Split = "none", transposed: bool = False) -> None:
+        self.__attrs_init__(path=path, split=split, transposed=transposed)
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+@attrs.frozen(init=False)
+class Concat(Slot):
+    """Several linear layers over one input, fused into one by stacking their output rows in the order given.
+
+    Args:
+        paths: the submodules, e.g. "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj".
+        split: see `Linear`.
+        transposed: the weights are stored [in, out].
+    """
+
+    paths: tuple[str, ...]
+    split: Split
+    transposed: bool
+
+    def __init__(self, *paths: str, split: Split = "none", transposed: bool = False) -> None:
+        if len(paths) < 2:
+            raise ValueError(f"Concat needs two paths or more, got {paths}; use Linear for one")
+        self.__attrs_init__(paths=paths, split=split, transposed=transposed)
+
+    def sources(self) -> tuple[str, ...]:
+        return self.paths
+
+
+@attrs.frozen(init=False)
+class Packed(Slot):
+    """A linear layer whose output rows the checkpoint already holds fused.
+
+    Args:
+        path: the submodule, e.g. "attn.c_attn".
+        layout: "thirds": all q rows, then all k rows, then all v rows;
+            "head_interleaved": for each head its q, k and v rows;
+            "kv_grouped": for each kv head its query heads' rows, then its k rows, then its v rows;
+            "halves": all gate rows, then all up rows.
+        split: see `Linear`.
+        transposed: the weight is stored [in, out].
+    """
+
+    path: str
+    layout: Literal["thirds", "head_interleaved", "kv_grouped", "halves"]
+    split: Split
+    transposed: bool
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        layout: Literal["thirds", "head_interleaved", "kv_grouped", "halves"],
+        split: Split = "none",
+        transposed: bool = False,
+    ) -> None:
+        self.__attrs_init__(path=path, layout=layout, split=split, transposed=transposed)
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+@attrs.frozen(init=False)
+class Norm(Slot):
+    """A normalization over the hidden dimension.
+
+    Args:
+        path: the submodule, e.g. "input_layernorm".
+        kind: "layer" (mean and variance, weight and bias) or "rms" (mean square, weight).
+        eps: the attribute of the submodule that holds epsilon.
+        cls: for "rms", the class the submodule must be ("module:Class"); "layer" needs `torch.nn.LayerNorm`.
+        offset: for "rms", added to the weight; where it is not 0 the product is taken in fp32, before the cast back
+            (Gemma: 1.0).
+    """
+
+    path: str
+    kind: Literal["layer", "rms"]
+    eps: str
+    cls: str
+    offset: float
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        kind: Literal["layer", "rms"] = "layer",
+        eps: str = "eps",
+        cls: str = "torch.nn.modules.normalization:LayerNorm",
+        offset: float = 0.0,
+    ) -> None:
+        self.__attrs_init__(path=path, kind=kind, eps=eps, cls=cls, offset=offset)
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+@attrs.frozen(init=False)
+class Keep(Slot):
+    """A submodule that the container calls as it is: its weights stay where they are and as they are.
+
+    Args:
+        path: the submodule, e.g. "mlp" of a mixture of experts. The place it fills must have the same name.
+    """
+
+    path: str
+
+    def __init__(self, path: str) -> None:
+        self.__attrs_init__(path=path)
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+# --- blocks and policies ------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Call:
+    """How the parent calls a layer. The first positional argument is always the hidden states, [B, S, H].
+
+    Args:
+        mask: name of the attention mask argument; "" where there is none.
+        cache: name of the KV cache argument; "" where there is none.
+        rope: name of the (cos, sin) argument; "" for models without rotary embedding.
+        free: arguments that change nothing the container computes; any value is fine.
+        returns: "tensor", or "tuple" for (hidden states, attention weights or None).
+    """
+
+    mask: str = "attention_mask"
+    cache: str = "past_key_values"
+    rope: str = ""
+    free: frozenset[str] = attrs.field(
+        default=frozenset({"position_ids", "use_cache", "output_router_logits"}), converter=_names
+    )
+    returns: Literal["tensor", "tuple"] = "tensor"
+
+
+@attrs.frozen(kw_only=True)
+class Block:
+    """One layer class and the container that stands in for it.
+
+    Args:
+        layer: the class that is replaced, "module:Class"; matched exactly, wherever it stands in the model.
+        container: "module:Class", or the name of a registered container.
+        slots: container place -> weights.
+        facts: container fact -> where it is read.
+        call: the layer's call convention.
+        ignore: submodule paths whose parameters are left out on purpose.
+    """
+
+    layer: str
+    container: str
+    slots: Mapping[str, Slot] = attrs.field(converter=_read_only)
+    facts: Mapping[str, Fact] = attrs.field(converter=_read_only, factory=dict)
+    call: Call = Call()
+    ignore: tuple[str, ...] = attrs.field(converter=_tuple, default=())
+
+
+@attrs.frozen(kw_only=True)
+class Positions:
+    """A learned position embedding: `weight[position_ids + offset]` is added to the token embedding."""
+
+    path: str
+    offset: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Rotary:
+    """The module that turns (hidden states, position_ids) into (cos, sin).
+
+    Args:
+        path: the submodule, e.g. "model.rotary_emb".
+        static_when: values of its `rope_type` attribute under which (cos, sin) depend on the position alone, so that
+            they may be read from a table.
+    """
+
+    path: str
+    static_when: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+
+
+@attrs.frozen(kw_only=True)
+class CausalLM:
+    """The parts of a language model around its layers, for decoding without the model's own forward.
+
+    hidden = embed(ids) [-> project_in] [+ positions]; layers; [norm]; [project_out]; logits = head(hidden)
+
+    Args:
+        model: the class this holds for, "module:Class"; matched exactly.
+        embed, layers, head, project_in, project_out: submodule paths. `norm` (a slot), `project_in` and `project_out`
+            may be "" or name an attribute that is None on the model; both mean absent.
+        context: config attribute that holds the largest number of positions, prompt and new tokens together.
+    """
+
+    model: str
+    embed: str
+    layers: str
+    head: str
+    norm: Norm | None = None
+    positions: Positions | None = None
+    rotary: Rotary | None = None
+    project_in: str = ""
+    project_out: str = ""
+    context: str = "max_position_embeddings"
+
+
+@attrs.frozen(kw_only=True)
+class Context:
+    """The longest input that a model with learned positions takes; one more is an index out of range.
+
+    Args:
+        config: config attribute that holds the number of position embeddings.
+        after: config attribute that holds the embedding row after which the tokens' rows begin (RoBERTa: the padding
+            id); "" where they begin at the first.
+    """
+
+    config: str = "max_position_embeddings"
+    after: str = ""
+
+
+def _accepts_all(config: Any) -> Refusal | None:
+    return None
+
+
+@attrs.frozen(kw_only=True)
+class Policy:
+    """Everything dsi knows of one architecture family.
+
+    Args:
+        name: unique in its plugin; users write "<plugin>:<name>".
+        blocks: one per layer class.
+        requires: PEP 508 requirements that must be met, e.g. "transformers>=5.6".
+        supports: (config) -> Refusal where this config's variant is not implemented, else None.
+        model: language models that decode with these layers.
+        priority: among several applicable policies for one layer class the highest wins.
+        replaces: full names of policies that this one may outrank, e.g. ("llama:llama",).
+    """
+
+    name: str
+    blocks: tuple[Block, ...] = attrs.field(converter=_tuple)
+    requires: tuple[str, ...] = attrs.field(converter=_tuple, default=())
+    supports: Callable[[Any], Refusal | None] = attrs.field(default=_accepts_all)
+    models: tuple[CausalLM, ...] = attrs.field(converter=_tuple, default=())
+    context: Context | None = None
+    priority: int = 0
+    replaces: tuple[str, ...] = attrs.field(converter=_tuple, default=())
+
+    @blocks.validator
+    def _at_least_one(self, _attribute: attrs.Attribute[Any], value: tuple[Block, ...]) -> None:
+        if not value or not all(isinstance(block, Block) for block in value):
+            raise ValueError(f"policy {self.name!r}: blocks must be one Block or more, got {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class Container:
+    """A replacement layer that a plugin brings.
+
+    Args:
+        name: unique in its plugin; blocks write "<plugin>:<name>".
+        impl: "module:Class", a `dsi.containers` container class.
+    """
+
+    name: str
+    impl: str
+
+
+@attrs.frozen(kw_only=True)
+class Quantizer:
+    """A weight format that a plugin brings; it works on slots, whatever the architecture.
+
+    Args:
+        name: unique in its plugin.
+        impl: "module:Class".
+        bits: stored bits a weight, scales included, as a float.
+        schema: version of the stored form, saved with the weights.
+    """
+
+    name: str
+    impl: str
+    bits: float
+    schema: int = 1
+
+
+@attrs.frozen(kw_only=True)
+class Check:
+    """One more check of the conformance kit.
+
+    Args:
+        name: unique in its plugin.
+        impl: "module:function".
+    """
+
+    name: str
+    impl: str
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def dsi_register_policies(register: Callable[[Policy], None], api: tuple[int, int]) -> None:
+    """Call `register` once for each policy of the plugin."""
+
+
+@hookspec
+def dsi_register_containers(register: Callable[[Container], None], api: tuple[int, int]) -> None:
+    """Call `register` once for each container of the plugin."""
+
+
+@hookspec
+def dsi_register_quantizers(register: Callable[[Quantizer], None], api: tuple[int, int]) -> None:
+    """Call `register` once for each quantizer of the plugin."""
+
+
+@hookspec
+def dsi_register_checks(register: Callable[[Check], None], api: tuple[int, int]) -> None:
+    """Call `register` once for each conformance check of the plugin."""
