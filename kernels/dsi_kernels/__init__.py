@@ -1,0 +1,38 @@
+"""The floor: one op a file, each a torch reference that runs anywhere beside a Triton kernel for CUDA.
+
+Imports torch and triton only, and torch alone where Triton is not installed; launching then is an ImportError.
+"""
+
+from dsi_kernels._triton import INSTALLED, INTERPRETED
+from dsi_kernels.activations import KINDS, activate_reference
+from dsi_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from dsi_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from dsi_kernels.bias_activation import bias_activation, bias_activation_reference
+from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
+from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
+from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
+from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
+from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
+
+__all__ = [
+    "INSTALLED",
+    "INTERPRETED",
+    "KINDS",
+    "activate_reference",
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "bias_activation",
+    "bias_activation_reference",
+    "decode_attention",
+    "decode_attention_reference",
+    "gated_activation",
+    "gated_activation_reference",
+    "layer_norm",
+    "layer_norm_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope_kv_write",
+    "rope_kv_write_reference",
+]
