@@ -1,0 +1,318 @@
+"""The operations between the linear layers, one table a device; which table is used is decided at injection.
+
+`AtenOps` runs anywhere and is what CPU uses; `TritonOps` replaces what its kernels cover and inherits the rest.
+A table has no state, so a container holds one by name and survives pickling and device moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsi.containers.activations import ACTIVATIONS
+
+
+class Rope(NamedTuple):
+    """Rotary embedding of the positions at hand.
+
+    cos, sin: [1 or B, S, rotary_dim]; signed: sin with its first half negated, so that
+    `rotate_half(x) * sin == roll(x, rotary_dim / 2) * signed`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    signed: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> Rope:
+        half = sin.shape[-1] // 2
+        return cls(cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1))
+
+
+class Heads(NamedTuple):
+    """How the rows of a fused q|k|v projection divide: numbers of query heads and kv heads, and the head size."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class NormOp(nn.Module):
+    """A normalization that shares its parameters with the stock module it stands for.
+
+    Args:
+        kind: "layer" or "rms".
+        weight, bias: the stock module's own parameters, or None.
+        eps: added to the variance or mean square.
+        offset: added to the weight; see `dsi.policy.Norm`.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, kind: str, weight: nn.Parameter | None, bias: nn.Parameter | None, eps: float, offset: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.kind, self.eps, self.offset = kind, eps, offset
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, eps={self.eps}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: the layer around it writes the stock names."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: the layer around it reads the stock names."""
+
+
+HeadNorms = tuple[NormOp, NormOp] | None
+"""The norms of the query heads and of the key heads, over head_dim."""
+
+
+def rotate(x: Tensor, rope: Rope, heads_at: int = 2) -> Tensor:
+    """Rotary embedding of x; dimensions past rotary_dim pass through.
+
+    Args:
+        x: [B, S, heads, head_dim], or [B, heads, S, head_dim].
+        rope: of its positions.
+        heads_at: which dimension the heads are, 2 or 1.
+    """
+    cos, signed = rope.cos, rope.signed
+    # terms of one row without a dimension for the heads broadcast as they are where the heads come first
+    if heads_at == 2 or cos.shape[0] > 1:
+        cos, signed = cos.unsqueeze(heads_at), signed.unsqueeze(heads_at)
+    width = cos.shape[-1]
+    if width == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(width // 2, -1), signed)
+    turned = x[..., :width]
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), signed)
+    return torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def _one_row(x: Tensor) -> bool:
+    """A single fp32 row in host memory: its mean square is cheaper as a python float (10 us against 17 on a Zen 3)."""
+    return x.dtype is torch.float32 and x.numel() == x.shape[-1] and x.device.type == "cpu" and x.is_contiguous()
+
+
+class AtenOps:
+    """Torch's own operations."""
+
+    name = "aten"
+
+    def norm(self, norm: NormOp, x: Tensor) -> Tensor:
+        """Normalize the last axis of x [..., H]."""
+        # past torch's attribute look-up, which is slow
+        own = norm._parameters
+        weight = own["weight"]
+        if norm.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weight, own["bias"], norm.eps)
+        if _one_row(x) and weight is not None and norm.eps > 0 and not norm.offset:
+            flat = x.view(-1)
+            return (x * (float(flat.dot(flat)) / x.shape[-1] + norm.eps) ** -0.5).mul_(weight)
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1])
+        normed = wide * scale.add_(norm.eps).rsqrt_()
+        if weight is None:
+            return normed.to(x.dtype)
+        if norm.offset:
+            return normed.mul_(weight.float() + norm.offset).to(x.dtype)
+        return normed.to(x.dtype).mul_(weight)
+
+    def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) with s = linear(x) + residual."""
+        total = linear.add(x, residual)
+        return self.norm(norm, total), total
+
+    def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        """activation(linear(x))."""
+        return linear.activate(x, kind)
+
+    def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        """activation(gate) * up, with gate | up = linear(x)."""
+        gate, up = linear.forward(x).chunk(2, dim=-1)
+        return ACTIVATIONS[kind](gate).mul_(up)
+
+    def split(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, heads, S, head_dim], k and v [B, kv_heads, S, head_dim] from qkv [B, S, rows].
+
+        q and k are normalized over head_dim where `norms` are given, then rotated.
+        """
+        batch, length, _ = qkv.shape
+        split = qkv.view(batch, length, -1, shape.head_dim)
+        turning = shape.heads + shape.kv_heads
+        qk = split[:, :, :turning]
+        if norms is not None:
+            q_norm, k_norm = norms
+            qk = torch.cat((self.norm(q_norm, qk[:, :, : shape.heads]), self.norm(k_norm, qk[:, :, shape.heads :])), 2)
+        if rope is not None:
+            qk = rotate(qk, rope)
+        q, k, v = qk[:, :, : shape.heads], qk[:, :, shape.heads :], split[:, :, turning:]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def append(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `split` for one position a row, qkv [B, rows], with k and v written to the preallocated cache layer.
+
+        Returns q [B, heads, 1, head_dim], and all keys and values.
+        """
+        # of one position, [B, heads, 1, head_dim] is a view
+        heads = qkv.view(qkv.shape[0], -1, 1, shape.head_dim)
+        turning = shape.heads + shape.kv_heads
+        qk, v = heads.narrow(1, 0, turning), heads.narrow(1, turning, shape.kv_heads)
+        if norms is not None:
+            q_norm, k_norm = norms
+            q, k = qk.split((shape.heads, shape.kv_heads), dim=1)
+            qk = torch.cat((self.norm(q_norm, q), self.norm(k_norm, k)), 1)
+        if rope is not None:
+            qk = rotate(qk, rope, heads_at=1)
+        q, k = qk.split((shape.heads, shape.kv_heads), dim=1)
+        return q, *kv.append(k, v)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention; q [B, heads, S, d], k and v [B, kv_heads, T, d]; returns [B, S, heads * d].
+
+        With `softcap` c the scores s become c * tanh(s / c) before the mask.
+        """
+        batch, heads, length, width = q.shape
+        kv_heads = k.shape[1]
+        if softcap is not None:
+            return _capped(q, k, v, mask, causal, scale, softcap)
+        if q.device.type == "cpu" and q.dtype is not torch.float32 and length == 1 and heads == kv_heads:
+            # torch's 16-bit attention of one query is slower than fp32's with the conversion (2-core Zen 5, bf16, 12
+            # heads of 64: 30 us against 20 us at 48 positions, 528 us against 155 us at 1000)
+            wide = (mask.float() if mask is not None and mask.is_floating_point() else mask, causal, scale)
+            return self.attend(q.float(), k.float(), v.float(), *wide).to(q.dtype)
+        if heads != kv_heads:
+            if length == 1 and (mask is None or mask.shape[1] == 1):
+                # the queries of a group take the place of positions: no copy of k and v
+                grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+                out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+                return out.reshape(batch, 1, heads * width)
+            k, v = _repeat(k, heads // kv_heads), _repeat(v, heads // kv_heads)
+        is_causal = causal and mask is None and length > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+        return out.transpose(1, 2).reshape(batch, length, heads * width)
+
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """Attention of one new position a row.
+
+        q is [B, heads, 1, d], k and v are [B, kv_heads, T, d]; returns [B, heads * d].
+        """
+        return self.attend(q, k, v, mask, False, scale, softcap).view(q.shape[0], -1)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:
+    """Attention with capped scores, in the open; a row that may attend to nothing gives 0."""
+    batch, heads, length, width = q.shape
+    group = heads // k.shape[1]
+    k, v = (_repeat(k, group), _repeat(v, group)) if group > 1 else (k, v)
+    scores = (q @ k.transpose(-1, -2) * scale / softcap).tanh() * softcap
+    if mask is None and causal and length > 1:
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype)
+    return (weights @ v).transpose(1, 2).reshape(batch, length, heads * width)
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    batch, heads, length, width = x.shape
+    return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
+
+
+class TritonOps(AtenOps):
+    """dsi_kernels where one covers the operation; the rest is torch's."""
+
+    name = "triton"
+
+    def norm(self, norm: NormOp, x: Tensor) -> Tensor:
+        import dsi_kernels
+
+        x = x.contiguous()
+        if norm.kind == "layer":
+            return dsi_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        if norm.weight is None or norm.offset:
+            return super().norm(norm, x)
+        return dsi_kernels.rms_norm(x, norm.weight, norm.eps)
+
+    def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
+        import dsi_kernels
+
+        y, residual = linear.forward(x), residual.contiguous()
+        if norm.kind == "layer":
+            return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps)
+        if norm.weight is None or norm.offset:
+            return self.norm(norm, total := y.add_(residual)), total
+        return dsi_kernels.add_rms_norm(y, residual, norm.weight, norm.eps)
+
+    def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        import dsi_kernels
+
+        return dsi_kernels.bias_activation(F.linear(x, linear.weight), linear.bias, kind)
+
+    def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        import dsi_kernels
+
+        return dsi_kernels.gated_activation(linear.forward(x), kind)
+
+    def split(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        import dsi_kernels
+
+        if rope is None or norms is not None:
+            return super().split(qkv, shape, rope, norms)
+        batch, length, _ = qkv.shape
+        k, v = qkv.new_empty(2, batch, shape.kv_heads, length, shape.head_dim).unbind(0)
+        q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
+        return q, k, v
+
+    def append(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        import dsi_kernels
+
+        if norms is not None:
+            return super().append(qkv, shape, rope, kv, norms)
+        start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        q = dsi_kernels.rope_kv_write(qkv.unsqueeze(1), cos, sin, k, v, start, *shape)
+        return q, kv.keys, kv.values
+
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        import dsi_kernels
+
+        if softcap is not None:
+            return super().decode(q, k, v, mask, scale, softcap)
+        out = dsi_kernels.decode_attention(q, k, v, k.shape[2], mask, scale)
+        return out.reshape(q.shape[0], -1)
+
+
+TABLES: dict[str, AtenOps] = {"aten": AtenOps(), "triton": TritonOps()}
+
+
+def choose_ops(device: torch.device, use_triton: bool | None) -> str:
+    """The name of the table for a device: "triton" on CUDA unless refused, else "aten"."""
+    return "triton" if device.type == "cuda" and use_triton is not False else "aten"
