@@ -1,0 +1,279 @@
+"""Whether a block fits a layer of a loaded model: facts read, weights found, nothing left over, nothing in the way.
+
+Pure questions; nothing is touched. The answer is a `Fit`, or a `Reason` why the layer is left alone. A policy whose
+paths do not exist on the layer, or that leaves a parameter unread, is a `PolicyError`: the policy is wrong, not the
+model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dsi.containers.base import ATTENTION, Container
+from dsi.errors import PolicyError
+from dsi.policy import Attr, Block, Concat, Config, Keep, Linear, Norm, Packed, Refusal
+
+ReasonCode = Literal[
+    "no_policy",
+    "root",
+    "refused",
+    "switched_off",
+    "training_mode",
+    "already_replaced",
+    "quantized",
+    "wrapped",
+    "hook_present",
+    "patched_forward",
+    "meta",
+    "offloaded",
+    "dtensor",
+    "dtype",
+    "mixed",
+    "tied",
+    "shared",
+    "attention",
+]
+
+CONV1D = "transformers.pytorch_utils:Conv1D"
+LINEAR = "torch.nn.modules.linear:Linear"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@attrs.frozen
+class Reason:
+    """Why something is left alone: a code out of a closed list, and words."""
+
+    code: ReasonCode
+    text: str
+
+
+def _read_only(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(facts))
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Fit:
+    """A block that fits a layer.
+
+    Args:
+        container: the container's class.
+        facts: fact -> value read.
+        config: of the nearest enclosing model, or None.
+    """
+
+    container: type[Container]
+    config: Any = None
+    facts: Mapping[str, Any] = attrs.field(converter=_read_only)
+
+
+def class_name(obj: object) -> str:
+    """ "module:Class" of an instance."""
+    cls = type(obj)
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def load_class(name: str) -> type[Container]:
+    """The container class that "module:Class" names.
+
+    Raises:
+        PolicyError: it cannot be imported, or is no container.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PolicyError(f"container {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Container)):
+        raise PolicyError(f"container {name!r} is {found!r}, not a subclass of dsi.containers.Container")
+    return found
+
+
+def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool = True) -> Fit | Reason:
+    """Match one block against one layer.
+
+    Args:
+        block: of the policy chosen.
+        layer: an instance of `block.layer`.
+        config: the config of the nearest enclosing model.
+        where: the layer's path, for messages.
+        loaded: False for a skeleton on the meta device, planned as if its weights were there.
+
+    Raises:
+        PolicyError: the policy does not describe this layer class.
+    """
+    container = load_class(block.container)
+    obstacle = _obstacle(layer, config, loaded)
+    if obstacle is not None:
+        return obstacle
+    wrong = _wrong_source(block, layer, where)
+    if wrong is not None:
+        return wrong
+    _check_complete(block, layer, where)
+    _check_places(block, container, where)
+    facts = _read_facts(block, container, layer, config, where)
+    if isinstance(facts, Reason):
+        return facts
+    refusal: Refusal | None = container.check(facts, block.slots)
+    if refusal is not None:
+        return Reason("refused", f"{refusal.reason}. {refusal.hint}".strip())
+    return Fit(container=container, facts=facts, config=config)
+
+
+# --- what stands in the way -------------------------------------------------------------------------------------------
+
+
+def _obstacle(layer: nn.Module, config: Any, loaded: bool) -> Reason | None:
+    if isinstance(layer, Container):
+        return Reason("already_replaced", "a dsi container stands here already; engine.restore() first")
+    if layer.training:
+        return Reason("training_mode", "the model is in training mode; call model.eval() first")
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        return Reason("attention", f"attention implementation {attention!r}; sdpa and eager are supported")
+    return _patched(layer) or _unusable_weights(layer, loaded)
+
+
+def _patched(layer: nn.Module) -> Reason | None:
+    for name, module in layer.named_modules():
+        if "_hf_hook" in module.__dict__:
+            where = name or "the layer"
+            return Reason("offloaded", f"{where} carries an accelerate hook; remove_hook_from_module first")
+        if "forward" in module.__dict__:
+            return Reason("patched_forward", f"{name or 'the layer'} has its own forward on the instance")
+        if name and _user_hooks(module):
+            return Reason("hook_present", f"{name} has a forward hook, which a fused layer would never run")
+    return None
+
+
+def _user_hooks(module: nn.Module) -> bool:
+    """Forward hooks other than transformers' own output capture."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def _unusable_weights(layer: nn.Module, loaded: bool) -> Reason | None:
+    tensors: list[Tensor] = list(layer.parameters())
+    kinds = {(t.dtype, t.device) for t in tensors}
+    for name, tensor in layer.named_parameters():
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+            code: ReasonCode = "dtensor" if "DTensor" in type(tensor.data).__name__ else "quantized"
+            return Reason(code, f"{name} is a {type(tensor.data).__name__}, not a plain tensor")
+        if loaded and tensor.is_meta:
+            return Reason("meta", f"{name} is on the meta device; load the weights first")
+        if tensor.dtype not in DTYPES:
+            return Reason("dtype", f"{name} is {tensor.dtype}; float32, float16 and bfloat16 are supported")
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return Reason("mixed", f"the layer mixes {found}")
+    return None
+
+
+def _wrong_source(block: Block, layer: nn.Module, where: str) -> Reason | None:
+    """A projection or norm that is not the class its slot is made for: quantized, wrapped by adapters, or replaced."""
+    for place, slot in block.slots.items():
+        for path in slot.sources():
+            module = submodule(layer, path, f"{where}: slot {place!r}")
+            if isinstance(slot, Keep):
+                continue
+            wanted = _wanted_class(slot)
+            found = class_name(module)
+            if found == wanted:
+                continue
+            code: ReasonCode = "wrapped" if any(word in found.lower() for word in ("lora", "peft")) else "quantized"
+            return Reason(code, f"{path} is {found}, not {wanted}")
+    return None
+
+
+def _wanted_class(slot: Any) -> str:
+    if isinstance(slot, Norm):
+        return slot.cls
+    if isinstance(slot, Linear | Concat | Packed):
+        return CONV1D if slot.transposed else LINEAR
+    raise PolicyError(f"slot {slot!r} is of no kind that dsi knows")
+
+
+# --- what the policy says ---------------------------------------------------------------------------------------------
+
+
+def submodule(layer: nn.Module, path: str, where: str) -> nn.Module:
+    """The module at a dotted path.
+
+    Raises:
+        PolicyError: nothing is there.
+    """
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if not isinstance(found, nn.Module):
+            raise PolicyError(f"{where}: {type(layer).__name__} has no submodule {path!r} (stopped at {name!r})")
+    return found
+
+
+def _check_complete(block: Block, layer: nn.Module, where: str) -> None:
+    """Every parameter of the layer is read exactly once or ignored by name."""
+    readers: dict[str, str] = {}
+    for place, slot in block.slots.items():
+        for path in slot.sources():
+            if path in readers:
+                raise PolicyError(f"{where}: {path} feeds both slot {readers[path]!r} and slot {place!r}")
+            readers[path] = place
+    known = tuple(f"{path}." for path in (*readers, *block.ignore))
+    left = [name for name, _ in layer.named_parameters(remove_duplicate=False) if not name.startswith(known)]
+    if left:
+        raise PolicyError(
+            f"{where}: the policy reads no slot from {', '.join(left)}",
+            hint="add them to a slot, or to Block.ignore if they take no part",
+        )
+    buffers = [name for name in layer.state_dict() if not name.startswith(known)]
+    if buffers:
+        raise PolicyError(f"{where}: the policy says nothing of the persistent buffers {', '.join(buffers)}")
+
+
+def _check_places(block: Block, container: type[Container], where: str) -> None:
+    unknown = sorted(block.slots.keys() - container.SLOTS.keys())
+    missing = sorted(place for place, required in container.SLOTS.items() if required and place not in block.slots)
+    renamed = sorted(place for place, slot in block.slots.items() if isinstance(slot, Keep) and slot.path != place)
+    if renamed:
+        raise PolicyError(f"{where}: Keep leaves a module under its own name; rename the slots {', '.join(renamed)}")
+    if unknown or missing:
+        raise PolicyError(
+            f"{where}: {container.__name__} takes the slots {', '.join(container.SLOTS)}; "
+            f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        )
+
+
+def _read_facts(
+    block: Block, container: type[Container], layer: nn.Module, config: Any, where: str
+) -> dict[str, Any] | Reason:
+    missing = sorted(container.FACTS - block.facts.keys())
+    unknown = sorted(block.facts.keys() - container.FACTS - container.OPTIONAL_FACTS.keys())
+    if missing or unknown:
+        raise PolicyError(
+            f"{where}: {container.__name__} needs the facts {', '.join(sorted(container.FACTS))}; "
+            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
+    facts = dict(container.OPTIONAL_FACTS)
+    for name, source in block.facts.items():
+        try:
+            facts[name] = _read(source, layer, config)
+        except AttributeError as error:
+            return Reason("refused", f"fact {name!r} cannot be read: {error}")
+    return facts
+
+
+def _read(source: Any, layer: nn.Module, config: Any) -> Any:
+    if isinstance(source, Config):
+        return getattr(config, source.name)
+    if isinstance(source, Attr):
+        found: Any = layer
+        for name in source.path.split("."):
+            found = getattr(found, name)
+        return found
+    return source.value

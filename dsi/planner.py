@@ -1,0 +1,436 @@
+"""What would become of a model: pure data, made without touching it.
+
+Every module with parameters is named once: as a block that is replaced, or as something left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dsi.config import InferenceConfig
+from dsi.containers.base import Container
+from dsi.containers.casting import is_lossless
+from dsi.containers.linear import choose_form
+from dsi.containers.ops import choose_ops
+from dsi.errors import ConfigError, UnsupportedModelError
+from dsi.fit import Fit, Reason, class_name, fit, submodule
+from dsi.policy import Block, CausalLM, Keep, Norm, Policy
+from dsi.registry import Choice, Registry, Rejected
+
+_FAST = "dsi's decode loop for greedy search and sampling, transformers' loop for every other mode"
+
+
+def _read_only(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(mapping))
+
+
+@attrs.frozen(kw_only=True)
+class SlotPlan:
+    """One place of a container.
+
+    Args:
+        place: its name.
+        sources: stock submodules that feed it.
+        shape: of the fused weight.
+        form: how the weight will be held, see `dsi.containers.linear`; "shared" for norms.
+        bytes_before, bytes_after: of weights and biases.
+    """
+
+    place: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    form: str
+    bytes_before: int
+    bytes_after: int
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class BlockPlan:
+    """One layer that will be replaced.
+
+    Args:
+        path: of the layer in the model.
+        original: its class, "module:Class".
+        container: "module:Class" or the registered name.
+        policy: full name.
+        ops: table of operations between the linear layers, "aten" or "triton".
+        block, fit: what the stage step builds from.
+    """
+
+    path: str
+    original: str
+    container: str
+    policy: str
+    ops: str
+    slots: tuple[SlotPlan, ...]
+    block: Block
+    fit: Fit
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the layer's weights, now."""
+        return sum(slot.bytes_before for slot in self.slots)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the container's weights."""
+        return sum(slot.bytes_after for slot in self.slots)
+
+
+_NO_POLICY = Reason("no_policy", "no policy claims this class")
+
+
+@attrs.frozen(kw_only=True)
+class LeftPlan:
+    """Something that stays as it is, and why."""
+
+    path: str
+    original: str
+    bytes: int
+    reason: Reason
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Plan:
+    """What `init_inference` would do to one model.
+
+    Args:
+        model: class of the model, "module:Class".
+        device: where its weights are.
+        dtype_before, dtype_after: of its floating parameters; in a model of several dtypes, of the one that the cast
+            harms most.
+        cast: the dtype that every floating parameter gets, or None where each keeps its own.
+        blocks: layers that are replaced, in module order.
+        left: everything else that has parameters.
+        decode: the language model's parts for dsi's decode loop, or None.
+        input_limit: the most positions one forward takes, or None where any length runs.
+        decode_text: which loop `generate` runs, in words.
+        rejected: layer class -> policies that were not chosen, with their reasons.
+        restorable: whether `restore()` can give the original back bit for bit.
+        notes: what else the user should know.
+    """
+
+    model: str
+    device: str
+    dtype_before: torch.dtype
+    dtype_after: torch.dtype
+    cast: torch.dtype | None
+    blocks: tuple[BlockPlan, ...]
+    left: tuple[LeftPlan, ...]
+    decode: CausalLM | None
+    decode_text: str
+    input_limit: int | None
+    rejected: Mapping[str, tuple[Rejected, ...]] = attrs.field(converter=_read_only)
+    restorable: bool
+    notes: tuple[str, ...]
+
+    @property
+    def why_nothing(self) -> str:
+        """The reasons, where no block is replaced; "" otherwise."""
+        if self.blocks:
+            return ""
+        reasons = {f"{left.reason.code}: {left.reason.text}" for left in self.left}
+        telling = {f"{left.reason.code}: {left.reason.text}" for left in self.left if left.reason.code != "no_policy"}
+        return "; ".join(sorted(telling or reasons)) or "the model has no parameters"
+
+    def table(self) -> str:
+        """The plan as text; see `dsi.report`."""
+        from dsi.report import plan_table
+
+        return plan_table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "dtype_before": str(self.dtype_before).removeprefix("torch."),
+            "dtype_after": str(self.dtype_after).removeprefix("torch."),
+            "blocks": [_block_dict(block) for block in self.blocks],
+            "left": [
+                {"path": x.path, "original": x.original, "bytes": x.bytes, "code": x.reason.code, "text": x.reason.text}
+                for x in self.left
+            ],
+            "generate": self.decode_text,
+            "rejected": {layer: [attrs.asdict(entry) for entry in entries] for layer, entries in self.rejected.items()},
+            "restorable": self.restorable,
+            "notes": list(self.notes),
+        }
+
+
+def _block_dict(block: BlockPlan) -> dict[str, Any]:
+    return {
+        "path": block.path,
+        "original": block.original,
+        "container": block.container,
+        "policy": block.policy,
+        "ops": block.ops,
+        "bytes_before": block.bytes_before,
+        "bytes_after": block.bytes_after,
+        "facts": {name: value for name, value in block.fit.facts.items() if isinstance(value, int | float | str)},
+        "slots": [attrs.asdict(slot) for slot in block.slots],
+    }
+
+
+# --- making it --------------------------------------------------------------------------------------------------------
+
+
+def make_plan(model: nn.Module, config: InferenceConfig, registry: Registry, *, assume_loaded: bool = False) -> Plan:
+    """Decide for every module of a model what becomes of it.
+
+    Args:
+        model: a loaded model.
+        config: see `dsi.config`.
+        registry: the plugins' policies.
+        assume_loaded: the model is a skeleton on the meta device; plan as if its weights were there, on CPU.
+
+    Raises:
+        UnsupportedModelError: `model` is no torch module, or has no floating parameters.
+        PolicyError, AmbiguousPolicyError, UnknownPolicyError: see `dsi.errors`.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}",
+            hint="for a diffusers pipeline pass a component, e.g. pipe.text_encoder",
+        )
+    # a name that nobody registered is wrong also where it would have claimed nothing
+    registry.resolve(config.injection_policy)
+    return _Planner(model, config, registry, assume_loaded).plan()
+
+
+class _Planner:
+    """One walk over one model."""
+
+    def __init__(self, model: nn.Module, config: InferenceConfig, registry: Registry, assume_loaded: bool) -> None:
+        self.model, self.config, self.registry, self.assume_loaded = model, config, registry, assume_loaded
+        floating = [p for p in model.parameters() if p.is_floating_point()]
+        if not floating:
+            raise UnsupportedModelError(f"{type(model).__name__} has no floating-point parameters")
+        self.device = torch.device("cpu") if assume_loaded else floating[0].device
+        if config.use_triton and self.device.type != "cuda":
+            raise ConfigError([f"use_triton: True, and the model is on {self.device}; Triton kernels need CUDA"])
+        self.cast: torch.dtype | None = getattr(torch, config.dtype) if config.dtype else None
+        dtypes = [t.dtype for t in (*floating, *persistent_buffers(model)) if t.is_floating_point()]
+        self.lossy = [dtype for dtype in dtypes if self.cast is not None and not is_lossless(dtype, self.cast)]
+        changed = [dtype for dtype in dtypes if self.cast not in (None, dtype)]
+        self.dtype_before = (self.lossy or changed or dtypes)[0]
+        self.uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self.homes = Counter(id(child) for module in model.modules() for child in module._modules.values())
+        self.choices: dict[tuple[str, int], Choice] = {}
+        self.configs: dict[int, Any] = {}
+        self.blocks: list[BlockPlan] = []
+        self.reasons: dict[str, Reason] = {}
+
+    def plan(self) -> Plan:
+        taken = ""
+        for path, module, config in _walk(self.model):
+            # what stands below a layer that is replaced goes with it
+            if taken and path.startswith(taken):
+                continue
+            self._visit(path, module, config)
+            if self._takes(path, module):
+                taken = f"{path}."
+        decode, text = self._decode()
+        rejected: dict[str, tuple[Rejected, ...]] = {}
+        for (layer, _), choice in self.choices.items():
+            rejected[layer] = (*rejected.get(layer, ()), *choice.rejected)
+        restorable = self.config.keep_original == "host" or not self.lossy
+        return Plan(
+            model=class_name(self.model),
+            device=str(self.device),
+            dtype_before=self.dtype_before,
+            dtype_after=self.cast or self.dtype_before,
+            cast=self.cast,
+            blocks=tuple(self.blocks),
+            left=tuple(self._left()),
+            decode=decode,
+            decode_text=text,
+            input_limit=self._input_limit(decode),
+            rejected={layer: entries for layer, entries in rejected.items() if entries},
+            restorable=restorable,
+            notes=tuple(self._notes(restorable)),
+        )
+
+    def _visit(self, path: str, module: nn.Module, config: Any) -> None:
+        reason = self._off(module)
+        layer = class_name(module)
+        if reason is None and not self._claimed(layer):
+            return
+        if reason is None:
+            choice = self._choose(layer, config)
+            if choice.policy is None or choice.block is None:
+                words = "; ".join(f"{r.full_name}: {r.reason}" for r in choice.rejected)
+                reason = Reason("refused", words) if words else None
+            else:
+                found = self._fit(choice.block, module, config, path)
+                if isinstance(found, Fit):
+                    self.blocks.append(self._block(path, layer, module, choice, found))
+                else:
+                    reason = found
+        if reason is not None:
+            self.reasons[path] = reason
+
+    def _takes(self, path: str, module: nn.Module) -> bool:
+        """Whether a container stands at `path`, now or by this plan."""
+        planned = bool(self.blocks) and self.blocks[-1].path == path
+        return planned or isinstance(module, Container)
+
+    def _off(self, module: nn.Module) -> Reason | None:
+        if isinstance(module, Container):
+            return Reason("already_replaced", "a dsi container stands here already; engine.restore() first")
+        if not self.config.replace_with_kernel_inject and module is self.model:
+            return Reason("switched_off", "replace_with_kernel_inject=False")
+        return None
+
+    def _claimed(self, layer: str) -> bool:
+        if not self.config.replace_with_kernel_inject:
+            return False
+        explicit = self.config.injection_policy
+        if isinstance(explicit, Policy):
+            return any(block.layer == layer for block in explicit.blocks)
+        return bool(self.registry.blocks_for(layer))
+
+    def _choose(self, layer: str, config: Any) -> Choice:
+        key = (layer, id(config))
+        if key not in self.choices:
+            self.configs[id(config)] = config
+            self.choices[key] = self.registry.choose(layer, config, self.config.injection_policy)
+        return self.choices[key]
+
+    def _fit(self, block: Block, layer: nn.Module, config: Any, path: str) -> Fit | Reason:
+        if not path:
+            return Reason("root", "the layer is the whole model; pass the model around it")
+        if self.homes[id(layer)] > 1:
+            return Reason("shared", "the same module stands in several places of the model")
+        tied = [name for name, p in layer.named_parameters() if self.uses[id(p)] > 1]
+        if tied:
+            return Reason("tied", f"{', '.join(tied)} is shared with another part of the model")
+        named = self.registry.containers.get(block.container)
+        if named is not None:
+            block = attrs.evolve(block, container=named.impl)
+        return fit(block, layer, config, path or "the model", loaded=not self.assume_loaded)
+
+    def _block(self, path: str, layer: str, module: nn.Module, choice: Choice, found: Fit) -> BlockPlan:
+        assert choice.block is not None
+        return BlockPlan(
+            path=path,
+            original=layer,
+            container=choice.block.container,
+            policy=choice.full_name,
+            ops=choose_ops(self.device, self.config.use_triton),
+            slots=tuple(self._slot(place, slot, module) for place, slot in choice.block.slots.items()),
+            block=choice.block,
+            fit=found,
+        )
+
+    def _slot(self, place: str, slot: Any, layer: nn.Module) -> SlotPlan:
+        modules = [submodule(layer, path, place) for path in slot.sources()]
+        tensors = [p for module in modules for p in module.parameters()]
+        before = sum(p.nbytes for p in tensors)
+        dtype = self.cast or tensors[0].dtype if tensors else self.dtype_before
+        after = sum(p.numel() for p in tensors) * dtype.itemsize
+        shape, form = self._shape(slot, modules, dtype)
+        return SlotPlan(
+            place=place, sources=slot.sources(), shape=shape, form=form, bytes_before=before, bytes_after=after
+        )
+
+    def _shape(self, slot: Any, modules: list[Any], dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+        """The shape of a slot's fused weight, and how it will be held."""
+        if isinstance(slot, Keep):
+            return (), "kept"
+        if isinstance(slot, Norm):
+            return tuple(next((p.shape for p in modules[0].parameters()), ())), "shared"
+        weights = [m.weight.t() if slot.transposed else m.weight for m in modules]
+        out_features, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
+        return (out_features, in_features), choose_form(self.device, dtype, out_features, in_features)
+
+    def _left(self) -> Iterator[LeftPlan]:
+        replaced = {block.path for block in self.blocks}
+        ancestors = {path[:i] for path in replaced | self.reasons.keys() for i in range(len(path)) if path[i] == "."}
+        ancestors |= {""} if replaced or self.reasons.keys() - {""} else set()
+        yield from self._leave("", self.model, replaced, ancestors)
+
+    def _leave(
+        self, path: str, module: nn.Module, replaced: set[str], ancestors: set[str], reason: Reason = _NO_POLICY
+    ) -> Iterator[LeftPlan]:
+        if path in replaced:
+            return
+        reason = self.reasons.get(path, reason)
+        # around a layer that is named itself, only what the module holds directly is left to name
+        size = sum(p.nbytes for p in module.parameters(recurse=path not in ancestors))
+        if size:
+            yield LeftPlan(path=path or "(model)", original=class_name(module), bytes=size, reason=reason)
+        if path in ancestors:
+            for name, child in module.named_children():
+                yield from self._leave(f"{path}.{name}" if path else name, child, replaced, ancestors, reason)
+
+    def _decode(self) -> tuple[CausalLM | None, str]:
+        """The parts for dsi's own decode loop, if every layer of the language model is replaced."""
+        if not callable(getattr(self.model, "generate", None)):
+            return None, "the model does not generate"
+        name, where = class_name(self.model), {block.path for block in self.blocks}
+        policies = {choice.full_name: choice.policy for choice in self.choices.values() if choice.policy is not None}
+        for parts in (part for policy in policies.values() for part in policy.models if part.model == name):
+            layers = submodule(self.model, parts.layers, name)
+            if all(f"{parts.layers}.{child}" in where for child, _ in layers.named_children()):
+                return parts, _FAST
+            return None, "transformers' loop: not every layer is replaced"
+        return None, "transformers' loop: no policy describes the parts around the layers of this class"
+
+    def _input_limit(self, decode: CausalLM | None) -> int | None:
+        """The most positions one forward may take: as configured, else the shortest table of learned positions."""
+        limits: list[int] = []
+        for (_, config_id), choice in self.choices.items():
+            if choice.policy is not None and choice.policy.context is not None:
+                context, config = choice.policy.context, self.configs[config_id]
+                skipped = getattr(config, context.after) + 1 if context.after else 0
+                limits.append(int(getattr(config, context.config)) - skipped)
+        limit, wanted = min(limits, default=None), self.config.max_out_tokens
+        if limit is not None and wanted is not None and wanted > limit:
+            raise ConfigError([f"max_out_tokens: {wanted} is more than the model's {limit} learned positions"])
+        own = int(getattr(self.model.config, decode.context)) if decode is not None else limit
+        reach = wanted or own
+        if reach is not None and self.config.min_out_tokens > reach:
+            raise ConfigError([f"min_out_tokens: {self.config.min_out_tokens} is more than the context of {reach}"])
+        return wanted or limit
+
+    def _notes(self, restorable: bool) -> Iterator[str]:
+        if self.blocks:
+            yield (
+                "unknown arguments, attention weights wanted, paged attention, autocast and training mode run the "
+                "stock layer, with its weights put back for the call"
+            )
+        if not restorable:
+            yield (
+                f"the cast {self.dtype_before} -> {self.cast} loses bits: restore() will refuse; "
+                'keep_original="host" keeps them in host memory'
+            )
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The buffers that `state_dict` writes, and a cast of the model changes."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module, parents first, with its path and the config of the nearest enclosing module that has one."""
+    stack: list[tuple[str, nn.Module, Any]] = [("", model, getattr(model, "config", None))]
+    while stack:
+        path, module, config = stack.pop()
+        yield path, module, config
+        for name, child in reversed(list(module.named_children())):
+            own = getattr(child, "config", None)
+            stack.append((f"{path}.{name}" if path else name, child, config if own is None else own))
