@@ -1,0 +1,222 @@
+"""dsi's decode loop: greedy search and sampling, token for token what transformers' `_sample` does.
+
+The prompt goes through the model's own forward, which fills a preallocated cache; each token after it takes one `Step`.
+The order of what happens to a token is stock's: float32 scores, processors, choice, padding of finished rows, criteria,
+streamer.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
+from dsi.runtime.route import cache_reason
+from dsi.runtime.session import Route, Session, session_of
+
+
+def fast_sample(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Takes the place of `_sample`, with its arguments and results.
+
+    Where the prepared inputs turn out to be of a kind that it does not know, stock's loop runs, and `last_route` says
+    why.
+    """
+    session = session_of(model)
+    if reason := _obstacle(session, input_ids, generation_config, model_kwargs):
+        session.last_route = Route(False, reason)
+        given = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        return type(model)._sample(model, *given, **model_kwargs)
+    # only the criteria needed it, and the model's layers would take it for an argument of theirs
+    model_kwargs.pop("tokenizer", None)
+    loop = _Loop(model, session, input_ids, generation_config, model_kwargs)
+    ending = _Ending(stopping_criteria, generation_config, input_ids)
+    logits = loop.prefill(input_ids)
+    with model._optimize_model_for_decode():
+        return loop.run(input_ids, logits, logits_processor, ending, streamer)
+
+
+def _obstacle(session: Session, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> str:
+    """Why these prepared inputs need stock's loop, or ""."""
+    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    assert session.runner is not None
+    if generation_config.num_beams not in (None, 1):
+        return f"num_beams={generation_config.num_beams}"
+    if cache is None or (reason := cache_reason(cache)):
+        return "there is no cache" if cache is None else reason
+    if len(cache.layers) not in (0, session.runner.layers):
+        return f"the cache has {len(cache.layers)} layers"
+    if mask is not None and mask.dim() != 2:
+        return f"a mask of {mask.dim()} dimensions"
+    if positions is None or positions.dim() != 2:
+        return "position_ids are not [batch, length]"
+    prompt = model_kwargs.get("inputs_embeds", input_ids)
+    past, length = cache.get_seq_length(), prompt.shape[1]
+    seen = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", length)
+    # the prompt is the whole text or, beside a longer mask, what is new of it
+    if not (past < length == seen or seen == past + length):
+        return f"{past} positions in the cache, {length} given, and a mask of {seen}"
+    return ""
+
+
+@attrs.define(slots=True)
+class _Record:
+    """What `return_dict_in_generate` asks for."""
+
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+
+    def add(self, scores: Tensor, logits: Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+
+class _Loop:
+    """One call: the prompt's forward, then a step a token."""
+
+    def __init__(
+        self, model: Any, session: Session, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> None:
+        assert session.runner is not None
+        self.model, self.session, self.settings, self.inputs = model, session, generation_config, model_kwargs
+        self.new = generation_config.max_length - input_ids.shape[1]
+        self.cache = model_kwargs["past_key_values"]
+        # a dynamic cache of the user's becomes preallocated in place: its owner sees what is generated
+        preallocate_(self.cache, input_ids.shape[1] + min(self.new, RESERVE), session.runner.layers)
+        self.positions = self._first_position(model_kwargs["position_ids"], input_ids.shape[0])
+
+    def _first_position(self, given: Tensor, rows: int) -> Tensor | int:
+        """The position after the prompt: an int where it is the same for all rows, else int64 [B, 1]."""
+        assert self.session.runner is not None
+        last = given[:, -1].tolist()
+        self.step = self.session.runner.bind(max(last) + 1 + self.new)
+        return last[0] + 1 if len(set(last)) == 1 else (given[:, -1:] + 1).expand(rows, 1).clone()
+
+    def run(self, input_ids: Tensor, logits: Tensor, logits_processor: Any, ending: _Ending, streamer: Any) -> Any:
+        """Tokens until the end, from the logits after the prompt on."""
+        settings = self.settings
+        wanted = settings.return_dict_in_generate
+        record = _Record(
+            () if wanted and settings.output_scores else None, () if wanted and settings.output_logits else None
+        )
+        timed = nullcontext if self.session.timer is None else self.session.timer.decode
+        choose = _sampled if settings.do_sample else _greediest
+        while True:
+            scores = logits_processor(input_ids, logits)
+            record.add(scores, logits)
+            tokens = ending.pad(choose(scores))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            finished = ending.reached(input_ids, tokens, record.scores)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if finished:
+                break
+            with timed():
+                logits = self._decode(tokens)
+        if streamer is not None:
+            streamer.end()
+        return self._result(input_ids, record) if wanted else input_ids
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """float32 logits [B, vocab] after the prompt, which fills the cache."""
+        timed = nullcontext if self.session.timer is None else self.session.timer.prefill
+        with timed():
+            first = not self.settings.is_assistant
+            outputs = self.model._prefill(input_ids, self.settings, self.inputs, is_first_iteration=first)
+            # a copy, not a view that keeps the logits of the whole prompt alive
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        assert outputs.past_key_values is self.cache, "the model gave back another cache"
+        self.layers: list[PreallocatedLayer] = self.cache.layers
+        self.length = self.cache.get_seq_length()
+        self.mask = _future_mask(self.inputs.get("attention_mask"), self.length + self.new)
+        return logits
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        self.length += 1
+        mask = None if self.mask is None else self.mask.narrow(3, 0, self.length)
+        logits = self.step(tokens[:, None], self.positions, self.layers, mask)
+        # in place for a tensor, whose memory is this loop's own
+        self.positions += 1
+        return logits
+
+    def _result(self, input_ids: Tensor, record: _Record) -> GenerateDecoderOnlyOutput:
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids, scores=record.scores, logits=record.logits, past_key_values=self.cache
+        )
+
+
+def _greediest(scores: Tensor) -> Tensor:
+    return torch.argmax(scores, dim=-1)
+
+
+def _sampled(scores: Tensor) -> Tensor:
+    probabilities = torch.nn.functional.softmax(scores, dim=-1)
+    return torch.multinomial(probabilities, num_samples=1).squeeze(1)
+
+
+def _future_mask(mask: Tensor | None, capacity: int) -> Tensor | None:
+    """bool [B, 1, 1, capacity], True = attend: the prompt's mask, then only True; None where nothing is padded."""
+    if mask is None or bool(mask.all()):
+        return None
+    future = torch.ones(mask.shape[0], 1, 1, capacity, dtype=torch.bool, device=mask.device)
+    future[:, 0, 0, : mask.shape[1]] = mask
+    return future
+
+
+class _Ending:
+    """Which rows are finished, and whether all are.
+
+    Length and end tokens, which is all that most calls have, are decided on the host from the tokens themselves; any
+    other criterion is asked, the way stock asks it.
+    """
+
+    def __init__(self, criteria: Any, generation_config: Any, input_ids: Tensor) -> None:
+        self.criteria = criteria
+        self.pad_id = generation_config._pad_token_tensor
+        self.has_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+        self.plain = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
+        self.running = [True] * input_ids.shape[0]
+        if self.plain:
+            self.max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
+            ends = [c.eos_token_id.tolist() for c in criteria if type(c) is EosTokenCriteria]
+            self.end_ids = frozenset(token for ids in ends for token in ids)
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """`tokens`, with padding in the rows that were finished before."""
+        if not self.has_end or (self.plain and all(self.running)):
+            return tokens
+        return tokens * self.unfinished + self.pad_id * (1 - self.unfinished)
+
+    def reached(self, input_ids: Tensor, tokens: Tensor, scores: tuple[Tensor, ...] | None) -> bool:
+        """Whether the text ends with these tokens."""
+        if not self.plain:
+            self.unfinished = self.unfinished & ~self.criteria(input_ids, scores)
+            return bool(self.unfinished.max() == 0)
+        too_long = self.max_length is not None and input_ids.shape[1] >= self.max_length
+        return self._all_ended(tokens) or too_long
+
+    def _all_ended(self, tokens: Tensor) -> bool:
+        if not self.end_ids:
+            return False
+        running = [on and token not in self.end_ids for on, token in zip(self.running, tokens.tolist(), strict=True)]
+        if running != self.running:
+            self.running = running
+            self.unfinished = torch.tensor(running, dtype=torch.long, device=tokens.device)
+        return not any(running)

@@ -1,0 +1,124 @@
+"""`generate` on an injected model: transformers' own, with dsi's decode loop and dsi's cache where they apply.
+
+Nothing of transformers is patched. The functions in `INSTANCE_OVERRIDES` stand in the `__dict__` of one model, each
+with the model as its first argument, and call the class's own method.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from transformers import DynamicCache
+
+from dsi.runtime.fast_loop import fast_sample
+from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
+from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
+from dsi.runtime.route import choose_route
+from dsi.runtime.session import Session, session_of
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `type(model).generate` returns.
+
+    Calls on one model run one after the other. `model._dsi.last_route` tells which loop the latest took.
+
+    Args:
+        model: an injected model.
+        *args, **kwargs: of transformers' `generate`.
+
+    Raises:
+        InputError: ids out of range, no prompt, a mask of another shape, or too many positions; before anything runs.
+    """
+    session = session_of(model)
+    stock = type(model).generate
+    given = _by_name(stock, model, args, kwargs)
+    with session.lock:
+        outer = session.prompt
+        try:
+            session.prompt = _check(model, session, given)
+            session.last_route = choose_route(model, session, given)
+            if session.last_route.fast:
+                given["custom_generate"] = fast_sample
+            return stock(model, **given)
+        finally:
+            session.prompt = outer
+
+
+def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Stands for `_prepare_cache_for_generation`: checks the length, and preallocates what stock leaves to grow.
+
+    Raises:
+        InputError: prompt and new tokens are more than the context.
+    """
+    session = session_of(model)
+    stock = inspect.signature(type(model)._prepare_cache_for_generation)
+    bound = stock.bind(model, generation_config, model_kwargs, *args, **kwargs)
+    total = int(bound.arguments["max_cache_length"]) + 1
+    prompt = session.prompt or Prompt(rows=1, length=0)
+    if not model.config.is_encoder_decoder:
+        new = total + prompt.cached - prompt.length
+        check_room(prompt, new, session.context)
+        if prompt.placed and session.runner is not None and (table := session.runner.learned_positions) is not None:
+            # the last new token is not fed
+            check_positions(model_kwargs["position_ids"], new - 1, table)
+    brought = model_kwargs.get("past_key_values")
+    type(model)._prepare_cache_for_generation(*bound.args, **bound.kwargs)
+    made = model_kwargs.get("past_key_values")
+    if brought is None and made is not None and type(made) is DynamicCache and not made.offloading:
+        model_kwargs["past_key_values"] = PreallocatedCache.of(made, min(total, prompt.length + RESERVE))
+
+
+def extract_mode_kwargs(model: Any, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Stands for `_extract_generation_mode_kwargs`: dsi's loop is given what transformers' own would be.
+
+    For any other callable transformers drops the streamer and the tokenizer here.
+    """
+    if custom_generate is fast_sample:
+        custom_generate = None
+    result: dict[str, Any] = type(model)._extract_generation_mode_kwargs(model, custom_generate, *args, **kwargs)
+    return result
+
+
+INSTANCE_OVERRIDES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "generate": generate,
+        "_prepare_cache_for_generation": prepare_cache,
+        "_extract_generation_mode_kwargs": extract_mode_kwargs,
+    }
+)
+
+
+def _check(model: Any, session: Session, given: Mapping[str, Any]) -> Prompt | None:
+    if model.main_input_name != "input_ids":
+        return None
+    if model.config.is_encoder_decoder:
+        check_generation(given, _vocab_size(model), None)
+        return None
+    return check_generation(given, _vocab_size(model), session.context, session.config.min_out_tokens)
+
+
+def _vocab_size(model: Any) -> int | None:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _by_name(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `stock(model, *args, **kwargs)` by name, `model` left out."""
+    names = _positional(stock)
+    if len(args) >= len(names):
+        # one too many: stock words the error
+        stock(model, *args, **kwargs)
+    given = dict(zip(names[1:], args, strict=False))
+    if twice := given.keys() & kwargs.keys():
+        raise TypeError(f"generate() got multiple values for argument {min(twice)!r}")
+    return {**given, **kwargs}
+
+
+@functools.cache
+def _positional(stock: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(name for name, parameter in inspect.signature(stock).parameters.items() if parameter.kind in kinds)

@@ -1,0 +1,290 @@
+"""A KV cache that is written in place: one append is a copy of the new positions, not of the whole past.
+
+Each layer holds two buffers [B, kv_heads, capacity, head_dim] and counts in a python int how much of them is filled, so
+that nothing is read back from the device. To transformers both classes are the dynamic ones: they grow without bound,
+are never compiled, and crop, reorder, copy and iterate as those do. `keys` and `values` are views of the filled part;
+whoever assigns to them puts other tensors in the place of the buffers.
+
+Elements copied by one append of S positions to T: 2*B*H*S*D, against 2*B*H*(T + S)*D for the concatenation it replaces.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dsi.containers.ops import Heads
+from dsi.errors import InputError
+
+# positions that a fresh layer has room for when nobody said how many will come
+FIRST_CAPACITY = 64
+# a request for a long text often ends early: at most this many new positions are set aside at first, the rest on demand
+RESERVE = 2048
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer.
+
+    Args:
+        capacity: positions to set aside at the first append; more are taken on demand, by doubling.
+    """
+
+    is_compileable = False
+
+    keys: Tensor
+    values: Tensor
+    _shown_keys: Tensor | None
+    _shown_values: Tensor | None
+
+    def __init__(self, capacity: int = FIRST_CAPACITY, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.first_capacity = max(int(capacity), 1)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(length={self.get_seq_length()}, capacity={self.capacity})"
+
+    # --- writing ----------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last.
+
+        Args:
+            keys, values: the new positions, [B, kv_heads, S, head_dim].
+
+        Returns:
+            Views of the buffers, each [B, kv_heads, T, head_dim].
+
+        Raises:
+            InputError: the cache holds another number of rows.
+        """
+        if torch.is_grad_enabled() and self._tracked(keys, values):
+            return self._append_by_copy(keys, values)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        batch, _, length, _ = keys.shape
+        start = self._make_room(batch, length)
+        self._key_buffer.narrow(2, start, length).copy_(keys)
+        self._value_buffer.narrow(2, start, length).copy_(values)
+        return self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`append`, under the name that transformers calls."""
+        return self.append(key_states, value_states)
+
+    def reserve(self, batch: int, shape: Heads, length: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Room for new positions, which the caller must fill: for kernels that write keys and values themselves.
+
+        Args:
+            batch: rows.
+            shape: of it `kv_heads` and `head_dim` are read.
+            length: how many positions.
+            like: a tensor of the dtype and on the device of the keys.
+
+        Returns:
+            (first new position, key buffer, value buffer); the buffers are [B, kv_heads, capacity, head_dim].
+
+        Raises:
+            InputError: the cache holds another number of rows.
+        """
+        if not self.is_initialized:
+            # no memory behind it: only the shape is read
+            new = like.new_empty(()).expand(batch, shape.kv_heads, length, shape.head_dim)
+            self.lazy_initialization(new, new)
+        start = self._make_room(batch, length)
+        self._show()
+        return start, self._key_buffer, self._value_buffer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers for tensors such as these, empty; those of before a `reset()` where they fit."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._length = 0
+        if self._sealed() or not (_alike(self._key_buffer, key_states) and _alike(self._value_buffer, value_states)):
+            capacity = max(self.first_capacity, key_states.shape[2])
+            self._set_buffers(_empty(key_states, capacity), _empty(value_states, capacity))
+        self.is_initialized = True
+        self._show()
+
+    def _tracked(self, keys: Tensor, values: Tensor) -> bool:
+        return any(one is not None and one.requires_grad for one in (keys, values, self.keys, self.values))
+
+    def _append_by_copy(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As stock: what autograd has seen must not be written to."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys = torch.cat([self.keys, keys], dim=-2)
+        self.values = torch.cat([self.values, values], dim=-2)
+        return self.keys, self.values
+
+    def _make_room(self, batch: int, length: int) -> int:
+        """The first new position; `length` more count as filled."""
+        if not self._intact():
+            self._adopt(length)
+        if batch != self._batch:
+            raise InputError(
+                f"KV cache: it holds {self._batch} rows and {batch} were given; "
+                "use a cache of the same batch size, or batch_repeat_interleave() and batch_select_indices()"
+            )
+        start = self._length
+        if start + length > self.capacity or self._sealed():
+            self._grow(start + length)
+        self._length = start + length
+        return start
+
+    def _adopt(self, more: int) -> None:
+        """Somebody assigned `keys` and `values`, and may hold them still: copy them to buffers with room for more."""
+        self._length = self.keys.shape[2]
+        capacity = max(self._length + more, 2 * self._length, self.first_capacity)
+        self._set_buffers(_moved(self.keys, self._length, capacity), _moved(self.values, self._length, capacity))
+
+    def _grow(self, needed: int) -> None:
+        length = self._length
+        capacity = max(needed, 2 * self.capacity) if needed > self.capacity else self.capacity
+        self._set_buffers(_moved(self._key_buffer, length, capacity), _moved(self._value_buffer, length, capacity))
+
+    def _set_buffers(self, keys: Tensor, values: Tensor) -> None:
+        self._key_buffer, self._value_buffer = keys, values
+        self._batch = keys.shape[0]
+        self.capacity = keys.shape[2]
+        self._made_for_inference = torch.is_inference_mode_enabled()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys = self._shown_keys = self._key_buffer.narrow(2, 0, self._length)
+        self.values = self._shown_values = self._value_buffer.narrow(2, 0, self._length)
+        return self.keys, self.values
+
+    def _intact(self) -> bool:
+        """`keys` and `values` are still the views that were last shown."""
+        return self.keys is self._shown_keys and self.values is self._shown_values
+
+    def _sealed(self) -> bool:
+        """The buffers must not be written to: inference mode made them and is over."""
+        return self._made_for_inference and not torch.is_inference_mode_enabled()
+
+    def _forget(self) -> None:
+        nothing = torch.empty(0, 0, 0, 0)
+        self._set_buffers(nothing, nothing)
+        self._shown_keys = self._shown_values = None
+        self._length = 0
+
+    def get_seq_length(self) -> int:
+        """Positions filled."""
+        if not self.is_initialized:
+            return 0
+        return self._length if self.keys is self._shown_keys else int(self.keys.shape[2])
+
+    # --- what transformers does to a layer --------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Empty; the memory is kept for the next text of the same batch size."""
+        self._length = 0
+        self.keys = self.values = None  # type: ignore[assignment]
+        self._shown_keys = self._shown_values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last positions; the count is negative, as transformers writes it."""
+        if not self.is_initialized:
+            return
+        if tokens_to_remove > 0 or not self._intact():
+            super().crop(tokens_to_remove)
+        elif tokens_to_remove:
+            self._length = max(self._length + tokens_to_remove, 0)
+            self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row beam_idx[i]. As many rows as before stay in the same memory."""
+        if self.get_seq_length() == 0:
+            return
+        keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+        values = self.values.index_select(0, beam_idx.to(self.values.device))
+        if keys.shape == self.keys.shape and self._intact() and not self._sealed():
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values
+
+    def offload(self) -> None:
+        """Move what is filled to the CPU; the rest of the buffers goes."""
+        if self.is_initialized:
+            super().offload()
+            self._forget()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Both have the same rows, heads and head size, dtype and device."""
+    same_rows = one.shape[:2] == other.shape[:2] and one.shape[3] == other.shape[3]
+    return same_rows and one.dtype == other.dtype and one.device == other.device
+
+
+def _moved(buffer: Tensor, length: int, capacity: int) -> Tensor:
+    """A larger buffer with the first `length` positions of `buffer`."""
+    new = _empty(buffer, capacity)
+    new.narrow(2, 0, length).copy_(buffer.narrow(2, 0, length))
+    return new
+
+
+def _empty(like: Tensor, capacity: int) -> Tensor:
+    batch, heads, _, width = like.shape
+    return torch.empty(batch, heads, capacity, width, dtype=like.dtype, device=like.device)
+
+
+class PreallocatedCache(DynamicCache):
+    """A `DynamicCache` whose full-attention layers are preallocated.
+
+    Layers of other kinds (sliding windows, state-space layers) are what transformers makes for the config.
+
+    Args:
+        ddp_cache_data: as in `DynamicCache`: for each layer its keys and values.
+        config: the model's config, which tells the kinds of layers; without it layers appear on first use.
+        capacity: positions to set aside in each layer.
+    """
+
+    def __init__(
+        self,
+        ddp_cache_data: Iterable[tuple[Tensor | None, ...]] | None = None,
+        config: Any = None,
+        *,
+        capacity: int = FIRST_CAPACITY,
+    ) -> None:
+        super().__init__(ddp_cache_data, config)
+        preallocate_(self, capacity)
+
+    @classmethod
+    def of(cls, cache: DynamicCache, capacity: int) -> PreallocatedCache:
+        """A cache in the place of `cache`, which is given up: other kinds of layers are shared."""
+        new = cls()
+        new.layers, new.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
+        preallocate_(new, capacity)
+        return new
+
+
+def preallocate_(cache: DynamicCache, capacity: int, layers: int = 0) -> None:
+    """Exchange the plain dynamic layers of `cache` for preallocated ones that hold the same keys and values.
+
+    Args:
+        cache: changed in place, so that whoever holds it sees what is generated.
+        capacity: positions to set aside in each new layer.
+        layers: where layers appear on first use, make this many now.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _preallocated(layer, capacity)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = functools.partial(PreallocatedLayer, capacity)
+        cache.layers.extend(PreallocatedLayer(capacity) for _ in range(len(cache.layers), layers))
+
+
+def _preallocated(layer: DynamicLayer, capacity: int) -> PreallocatedLayer:
+    new = PreallocatedLayer(capacity)
+    # readied ahead of its first use a dynamic layer knows a dtype and no shape
+    if layer.is_initialized and layer.keys.dim() == 4:
+        new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+        new.keys, new.values = layer.keys, layer.values
+    return new

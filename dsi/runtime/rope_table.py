@@ -1,0 +1,61 @@
+"""Rotary terms of every position, computed once by the model's own module and read from a table afterwards.
+
+Right only for rope types whose terms depend on the position alone, which the policy lists; dynamic and longrope depend
+on the length of the text, and are asked for at each step instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsi.containers.ops import Rope
+
+FIRST_POSITIONS = 256
+
+
+class RopeTable:
+    """Terms for the module, dtype and device that it was last asked for; neither saved nor moved with the model."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._rope: Rope | None = None
+
+    def bind(self, rotary: nn.Module, reach: int) -> Callable[[Tensor, Tensor | int], Rope]:
+        """A function of (hidden states, positions) that gives the terms of the positions, each [1 or B, 1, rotary_dim].
+
+        Args:
+            rotary: computes (cos, sin) from (hidden states, position ids).
+            reach: positions given as a tensor are below this; an int may be any.
+        """
+        source = (rotary, *map(_identity, rotary.buffers()))
+
+        def rows(hidden: Tensor, positions: Tensor | int) -> Rope:
+            if isinstance(positions, int):
+                cos, sin, signed = self._grown(source, hidden, positions + 1)
+                return Rope(cos.narrow(1, positions, 1), sin.narrow(1, positions, 1), signed.narrow(1, positions, 1))
+            return Rope(*(term[0][positions] for term in self._grown(source, hidden, reach)))
+
+        return rows
+
+    def _grown(self, source: tuple[Any, ...], hidden: Tensor, length: int) -> Rope:
+        """The whole table: each term [1, N, rotary_dim], N >= length."""
+        key = (hidden.dtype, hidden.device, source)
+        have = self._rope.cos.shape[1] if self._rope is not None and key == self._key else 0
+        if self._rope is None or have < length:
+            self._rope = _terms(source[0], hidden, max(length, 2 * have, FIRST_POSITIONS))
+            self._key = key
+        return self._rope
+
+
+def _identity(buffer: Tensor) -> tuple[Any, ...]:
+    """Differs once the frequencies were cast, moved or written to."""
+    return buffer.data_ptr(), buffer.dtype, 0 if buffer.is_inference() else buffer._version
+
+
+def _terms(rotary: nn.Module, hidden: Tensor, length: int) -> Rope:
+    cos, sin = rotary(hidden, torch.arange(length, device=hidden.device)[None])
+    return Rope.of(cos, sin)

@@ -1,0 +1,79 @@
+"""What one injected model keeps for generation: an object on the model itself, so that its copies have their own."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from dsi.config import InferenceConfig
+
+if TYPE_CHECKING:
+    from dsi.runtime.decode import DecodeRunner
+    from dsi.runtime.limits import Prompt
+
+# where the session hangs: in the model's __dict__, past nn.Module.__setattr__
+ATTRIBUTE = "_dsi"
+
+
+class Timer(Protocol):
+    """Who wants to know how long things take."""
+
+    def prefill(self) -> AbstractContextManager[Any]:
+        """Entered around the forward over the prompt."""
+
+    def decode(self) -> AbstractContextManager[Any]:
+        """Entered around each step after it."""
+
+
+@attrs.frozen
+class Route:
+    """Which loop a `generate` call took.
+
+    Args:
+        fast: dsi's own, otherwise transformers'.
+        reason: why not dsi's; empty where it is.
+    """
+
+    fast: bool
+    reason: str = ""
+
+
+@attrs.define(kw_only=True, slots=False, eq=False)
+class Session:
+    """Copied and pickled with the model; the lock is the one thing that is made anew.
+
+    Args:
+        runner: takes decode steps; None where the model has none.
+        reason: why there is no runner.
+        config: of the injection.
+        context: largest number of positions, or None.
+        timer: None, or who measures.
+        lock: held for the length of a `generate` call.
+        last_route: what the latest `generate` call did.
+        prompt: of the call that runs now.
+    """
+
+    runner: DecodeRunner | None = None
+    reason: str = ""
+    config: InferenceConfig = attrs.field(factory=InferenceConfig)
+    context: int | None = None
+    timer: Timer | None = None
+    # an RLock has no public type to name
+    lock: Any = attrs.field(factory=threading.RLock, repr=False)
+    last_route: Route | None = None
+    prompt: Prompt | None = attrs.field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "prompt")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock(), prompt=None)
+
+
+def session_of(model: Any) -> Session:
+    """The session of an injected model."""
+    session: Session = model.__dict__[ATTRIBUTE]
+    return session
