@@ -1,0 +1,185 @@
+"""The handle on an optimized model.
+
+The model itself was changed in place, so code that holds it is faster without knowing. The engine adds what a bare
+model has not: input checks before anything is launched, timers, a profile, and the way back.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from dsi.config import InferenceConfig
+from dsi.errors import RestoreError
+from dsi.inject import Injection, set_attribute
+from dsi.planner import Plan
+from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
+from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
+
+
+def attach_session(model: nn.Module, injection: Injection, config: InferenceConfig) -> Session:
+    """Give the model dsi's `generate` and what it needs, as undoable steps of the injection.
+
+    Args:
+        model: the model, its layers replaced.
+        injection: whose journal takes the steps.
+        config: the configuration.
+
+    Returns:
+        The session that now hangs on the model as `_dsi`.
+    """
+    parts = injection.plan.decode
+    session = Session(
+        config=config,
+        runner=DecodeRunner.build(model, parts) if parts is not None else None,
+        reason=injection.plan.decode_text,
+        context=config.max_out_tokens or _context(model, injection.plan),
+    )
+    injection.journal.do(set_attribute(model, "_dsi", session))
+    if callable(getattr(model, "generate", None)) and injection.plan.blocks:
+        for name, function in INSTANCE_OVERRIDES.items():
+            injection.journal.do(set_attribute(model, name, partial(function, model)))
+    return session
+
+
+def _context(model: nn.Module, plan: Plan) -> int | None:
+    """The most tokens a generation may reach, by the model's own word; None where nobody says."""
+    if plan.decode is None:
+        return None
+    return int(getattr(model.config, plan.decode.context))
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding; None for a model that has none, or several towers each with its own."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+class InferenceEngine:
+    """An optimized model. Attributes that the engine has not are the model's own.
+
+    Made by `dsi.init_inference`. As a context manager it gives the original model back at the end.
+    """
+
+    def __init__(self, model: nn.Module, injection: Injection, config: InferenceConfig, session: Session) -> None:
+        self.module = model
+        self.inference_config = config
+        self._injection = injection
+        self._session = session
+        self._timer: ModelTimer | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was done to the model."""
+        return self._injection.plan
+
+    @property
+    def active(self) -> bool:
+        """Whether the fused layers are in the model; False after `restore()`."""
+        return self._injection.active
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, behind checks of its inputs.
+
+        Raises:
+            InputError: ids out of range, a mask of the wrong shape, an input longer than the model's positions.
+        """
+        if self.active:
+            check_inputs(self.module, args, kwargs, _vocab_size(self.module), self.plan.input_limit)
+        return self.module(*args, **kwargs)
+
+    __call__ = forward
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate: every mode of transformers, in dsi's decode loop where that is provably equal.
+
+        Raises:
+            InputError: empty prompt, ids out of range, or prompt and new tokens beyond the context.
+        """
+        return self.module.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    def profile_model_time(self, use_cuda_events: bool = True) -> None:
+        """Start timing every forward, prefill and decode step; `model_times()` reads them.
+
+        Args:
+            use_cuda_events: on CUDA, time on the device without a synchronisation a step; else by the host's clock
+                with one. On CPU there is no difference.
+        """
+        if self._timer is None:
+            self._timer = ModelTimer(self.module, self._session, use_cuda_events=use_cuda_events)
+
+    def stop_profile(self) -> None:
+        """Stop timing and remove its hooks."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def model_times(self) -> list[ModelTime]:
+        """Milliseconds of each call since the last reading, in order; clears them.
+
+        Returns:
+            Floats with a `phase`: "forward", "prefill" or "decode".
+
+        Raises:
+            ProfilingError: `profile_model_time()` was not called.
+        """
+        return ModelTimer.read(self._timer)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """One forward, measured layer by layer; `print()` it for the table.
+
+        Args:
+            *args, **kwargs: of the model's forward. A single dict counts as keyword arguments.
+        """
+        if len(args) == 1 and isinstance(args[0], dict) and not kwargs:
+            return profile_layers(self.module, (), args[0])
+        return profile_layers(self.module, args, kwargs)
+
+    # --- the way back -----------------------------------------------------------------------------------------
+
+    def restore(self) -> nn.Module:
+        """Give the original model back, bit for bit, and return it. A second call does nothing.
+
+        Raises:
+            RestoreError: a cast lost bits that were not kept; nothing is changed then.
+        """
+        with self._session.lock:
+            if self._session.prompt is not None:
+                # only the thread that holds the lock comes this far: a criterion, processor or streamer of the call
+                raise RestoreError("a generate call of this engine is running; restore after it")
+            if self.plan.restorable:
+                self.stop_profile()
+            self._injection.undo()
+        return self.module
+
+    def __enter__(self) -> InferenceEngine:
+        if not self.plan.restorable:
+            raise RestoreError(
+                f"the end of this block could not undo the cast {self.plan.dtype_before} -> {self.plan.dtype_after}",
+                hint='pass keep_original="host", or do without the with statement',
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "module" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+    def __repr__(self) -> str:
+        state = f"{len(self.plan.blocks)} layers replaced" if self.active else "restored"
+        return f"InferenceEngine({type(self.module).__name__}, {state})"
