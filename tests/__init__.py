@@ -1,0 +1,1 @@
+"""The test suite of dsi; it mirrors the source tree."""

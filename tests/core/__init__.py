@@ -1,0 +1,1 @@
+"""The core: plan, injection, containers, restore, profiling."""

@@ -1,0 +1,61 @@
+"""The containers with the Triton table of operations, end to end, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.core.triton_probe import CASES
+from tests.core.twins import FP32
+
+ENCODER = {"add_layer_norm", "bias_activation"}
+GPT = ENCODER | {"layer_norm", "rope_kv_write", "decode_attention"}
+LLAMA = {"rms_norm", "add_rms_norm", "gated_activation", "rope_kv_write", "decode_attention"}
+LAUNCHED = {
+    "bert": ENCODER,
+    "clip_text": ENCODER | {"layer_norm"},
+    "gpt2": GPT,
+    "opt without biases": GPT,
+    "opt_post_norm": GPT - {"layer_norm"},
+    "llama with biases": LLAMA,
+    "llama of odd sizes": LLAMA,
+}
+
+
+@pytest.fixture(scope="module")
+def probed(root):
+    """What each case gave."""
+    paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "policies"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.core.triton_probe"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_triton_table_computes_what_stock_computes(probed, case):
+    found = probed[case]
+    assert found["ops"] == ["triton"]
+    assert found["distance"] <= FP32
+    assert found["stock_calls"] == 0
+
+
+@pytest.mark.parametrize("case", [name for name, (family, _) in CASES.items() if family not in ("bert", "clip_text")])
+def test_the_triton_table_decodes_what_stock_decodes(probed, case):
+    assert probed[case]["fast"]
+    assert probed[case]["tokens"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_really_ran(probed, case):
+    assert set(probed[case]["launches"]) == LAUNCHED[case]

@@ -1,0 +1,87 @@
+"""Containers with the Triton table of operations, on a CPU: `TRITON_INTERPRET=1 python -m tests.core.triton_probe`.
+
+The variable is read when triton is first imported, hence the process of its own. Everything else is as on a GPU: the
+same containers, the same decode loop, the same kernels; only who executes them is not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+import dsi.containers.base
+import dsi.planner
+import dsi_kernels
+from tests.core.twins import Twins, distance, one_layer, twins
+from tests.support import FAMILIES, inputs_for
+
+OPS = (
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_activation",
+    "decode_attention",
+    "gated_activation",
+    "layer_norm",
+    "rms_norm",
+    "rope_kv_write",
+)
+# name -> family, overrides
+CASES = {
+    "bert": ("bert", {}),
+    "clip_text": ("clip_text", {}),
+    "gpt2": ("gpt2", {}),
+    "opt without biases": ("opt", {"enable_bias": False}),
+    "opt_post_norm": ("opt_post_norm", {}),
+    "llama with biases": ("llama_mha", {}),
+    "llama of odd sizes": ("llama", {"hidden_size": 30, "num_attention_heads": 6, "head_dim": 14}),
+}
+
+
+def count_launches(launches: Counter[str]) -> None:
+    """Have every kernel count its calls."""
+    for name in OPS:
+
+        def counted(
+            *args: object, _op: object = getattr(dsi_kernels, name), _name: str = name, **kwargs: object
+        ) -> object:
+            launches[_name] += 1
+            return _op(*args, **kwargs)  # type: ignore[operator]
+
+        setattr(dsi_kernels, name, counted)
+
+
+def tokens(model: object, inputs: dict[str, Tensor]) -> Tensor:
+    return model.generate(**inputs, max_new_tokens=3, do_sample=False)  # type: ignore[attr-defined, no-any-return]
+
+
+def probe(pair: Twins, family: str, launches: Counter[str]) -> dict[str, object]:
+    launches.clear()
+    result: dict[str, object] = {"ops": sorted({layer.ops_name for layer in pair.containers})}
+    inputs = inputs_for(family, 2, 4, "ragged")
+    with torch.no_grad():
+        result["distance"] = distance(pair.model(**inputs), pair.stock(**inputs))
+    if FAMILIES[family].causal:
+        result["tokens"] = torch.equal(tokens(pair.model, inputs), tokens(pair.stock, inputs))
+        result["fast"] = pair.model._dsi.last_route.fast
+    result["stock_calls"] = pair.stock_calls
+    result["launches"] = dict(launches)
+    return result
+
+
+if __name__ == "__main__":
+    assert dsi_kernels.INTERPRETED
+    torch.set_num_threads(1)
+    for module in (dsi.containers.base, dsi.planner):
+        module.choose_ops = lambda _device, _use_triton: "triton"  # type: ignore[attr-defined]
+    counter: Counter[str] = Counter()
+    count_launches(counter)
+    # one layer: a program of the interpreter takes milliseconds
+    results = {
+        name: probe(twins(family, **overrides, **one_layer(family)), family, counter)
+        for name, (family, overrides) in CASES.items()
+    }
+    sys.stdout.write(json.dumps(results))

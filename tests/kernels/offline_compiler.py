@@ -1,0 +1,93 @@
+"""Kernels compiled for sm_90 without a GPU, and what the compiler made of them. Run as a script: a JSON line a kernel.
+
+The interpreter runs Python; what it lets pass, Triton's compiler may not. The launchers are called as ever, on CPU
+tensors; a driver that knows no device stands where CUDA's is, and the launch ends once the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import dsi_kernels as dk
+from dsi_kernels import operands
+
+HOPPER = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device=None: 0,
+)
+
+
+def compile_only(report):
+    """Makes every launch a compilation, whose result goes to report."""
+    driver.set_active(HOPPER)
+    # the launchers take CPU tensors from here on
+    operands.INTERPRETED = True
+    run = JITFunction.run
+
+    def compiled(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        ptx = kernel.asm["ptx"]
+        report(
+            kernel=self.__name__,
+            shared=kernel.metadata.shared,
+            warps=kernel.metadata.num_warps,
+            async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+            tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
+            tf32="tf32" in ptx,
+            wide_loads=len(re.findall(r"ld\.global\S*\.v4", ptx)),
+            atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        )
+        return kernel
+
+    JITFunction.run = compiled
+
+
+def launch_all(case):
+    """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
+    half = torch.bfloat16
+    x, w = torch.zeros(2, 256, dtype=half), torch.zeros(256, dtype=half)
+    case("norms")
+    dk.rms_norm(x, w)
+    dk.add_rms_norm(x, x, w)
+    dk.layer_norm(x, w, w)
+    dk.layer_norm(x.float(), None, None)
+    dk.add_layer_norm(x, x, w, w, 1e-5, w)
+    case("activations")
+    dk.gated_activation(x, "silu")
+    dk.gated_activation(x, "quick_gelu")
+    dk.bias_activation(x, w, "gelu")
+    dk.bias_activation(x, None, "gelu_tanh")
+    dk.bias_activation(x.half(), w.half(), "relu")
+    case("rope")
+    qkv, cos = torch.zeros(2, 1, 4 * 128, dtype=half), torch.zeros(2, 1, 64)
+    cache = torch.zeros(2, 1, 1024, 128, dtype=half)
+    for start in (1, torch.tensor(0), torch.zeros(2, dtype=torch.int32)):
+        dk.rope_kv_write(qkv, cos, cos, cache, cache, start, 2, 1, 128)
+    dk.rope_kv_write(qkv, None, None, cache, cache, 0, 2, 1, 128)
+    mask = torch.ones(2, 1, 1, 1024, dtype=torch.bool)
+    for heads in (1, 4):
+        case(f"attention, {heads} to a KV head")
+        q = torch.zeros(2, heads, 1, 128, dtype=half)
+        dk.decode_attention(q, cache, cache, torch.tensor(9), mask, splits=2)
+        dk.decode_attention(q, cache, cache, 9, splits=1)
+    case("attention, fp32")
+    dk.decode_attention(q.float(), cache.float(), cache.float(), torch.tensor([9, 9]), splits=1)
+
+
+def main():
+    current = []
+    compile_only(lambda **facts: sys.stdout.write(json.dumps({"case": current[-1], **facts}) + "\n"))
+    launch_all(current.append)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Every kernel compiles for a GPU that is not here, into what was meant; the interpreter can tell neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the compiler made of each kernel for sm_90: a list of facts."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("offline_compiler.py"))],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "kernels"),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_kernel_compiles(compiled):
+    assert {facts["kernel"] for facts in compiled} == {
+        "_add_layer_norm_kernel",
+        "_add_rms_norm_kernel",
+        "_bias_activation_kernel",
+        "_decode_attention_kernel",
+        "_gated_activation_kernel",
+        "_layer_norm_kernel",
+        "_merge_splits_kernel",
+        "_rms_norm_kernel",
+        "_rope_kv_write_kernel",
+    }
+
+
+def test_nothing_is_added_up_in_the_order_it_arrives(compiled):
+    assert all(facts["atomics"] == 0 for facts in compiled)
+
+
+def test_rows_are_read_sixteen_bytes_at_a_time(compiled):
+    assert all(facts["wide_loads"] for facts in compiled if facts["case"] == "norms")
+
+
+def test_attention_reads_ahead_and_uses_the_tensor_cores_in_halves_alone(compiled):
+    attention = [facts for facts in compiled if facts["kernel"] == "_decode_attention_kernel"]
+    assert all(facts["async_copies"] for facts in attention)
+    assert not any(facts["tf32"] for facts in attention)
+    tensor_cores = {facts["case"]: bool(facts["tensor_core"]) for facts in attention}
+    assert tensor_cores == {
+        "attention, 1 to a KV head": False,
+        "attention, 4 to a KV head": True,
+        "attention, fp32": False,
+    }
+
+
+def test_one_head_exchanges_nothing_between_warps_in_its_loop(compiled):
+    """Its shared memory is two tiles of K and two of V, 8 KiB each; a score summed over warps takes more."""
+    shared = {facts["shared"] for facts in compiled if facts["case"] == "attention, 1 to a KV head"}
+    assert max(shared) == 4 * 8192
