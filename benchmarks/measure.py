@@ -1,0 +1,290 @@
+"""Interleaved timing, comparison and reporting, shared by the benchmarks.
+
+A result exists only if its check is green: a case raises `Refused` before it measures anything where dsi's numbers are
+wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+FP32_TOLERANCE = 1e-5
+# our error against float32, as a share of the original's own
+HALF_TOLERANCE = 1.2
+
+
+class Refused(Exception):
+    """A correctness check is red, so there is nothing to report."""
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """Times of one contender in milliseconds: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Sample:
+        if len(milliseconds) < 2:
+            return cls(median=milliseconds[0], low=milliseconds[0], high=milliseconds[0])
+        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high)
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """One line of the table.
+
+    Args:
+        name: what was measured, e.g. "bert-base fp32 1x128".
+        unit: of the times, "ms" or "ms/token".
+        times: contender -> its times; "dsi" is ours, all others are bars' references.
+        bars: contender -> how many times as fast dsi must be.
+        check: what was compared before anything was measured, and how it came out.
+        ceiling: what the time means beside what this machine can do, e.g. {"GFLOP/s": 180, "of peak": 0.9}.
+    """
+
+    name: str
+    unit: str
+    times: Mapping[str, Sample]
+    bars: Mapping[str, float]
+    check: Mapping[str, Any]
+    ceiling: Mapping[str, float] = attrs.field(factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times as fast as each other contender dsi is."""
+        ours = self.times["dsi"].median
+        return {name: sample.median / ours for name, sample in self.times.items() if name != "dsi"}
+
+    @property
+    def met(self) -> dict[str, bool]:
+        """Whether each bar is reached."""
+        return {name: self.ratios[name] >= bar for name, bar in self.bars.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "ratios": self.ratios, "met": self.met}
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    budget: float = 60.0,
+    sync: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every round of each contender, all in turns, so that they meet the same machine.
+
+    Args:
+        contenders: name -> what is timed.
+        rounds: kept rounds.
+        warmup: rounds before those, not kept.
+        budget: seconds after which no further round starts, once three are kept; for slow and busy machines.
+        sync: waits until a device has finished; called before each clock is read.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    deadline = time.perf_counter() + budget
+    for round_ in range(warmup + rounds):
+        if round_ >= warmup + 3 and time.perf_counter() > deadline:
+            break
+        for name, function in contenders.items():
+            sync()
+            start = time.perf_counter()
+            function()
+            sync()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            if round_ >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+def per_token(
+    generators: Mapping[str, Callable[[int], object]],
+    *,
+    short: int,
+    long: int,
+    rounds: int,
+    sync: Callable[[], object] = lambda: None,
+) -> dict[str, Sample]:
+    """Milliseconds a decoded token: the difference of two lengths, in which prefill and set-up cancel out.
+
+    Args:
+        generators: name -> function of the number of new tokens.
+        short, long: the two numbers of new tokens.
+        rounds: kept rounds.
+        sync: see `interleaved`.
+    """
+    contenders = {
+        (name, length): lambda generate=generate, length=length: generate(length)
+        for name, generate in generators.items()
+        for length in (short, long)
+    }
+    times = interleaved(contenders, rounds=rounds, warmup=1, sync=sync)
+    return {
+        name: Sample.of([(b - a) / (long - short) for a, b in zip(times[name, short], times[name, long], strict=True)])
+        for name in generators
+    }
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+def relative_error(reference: Tensor, ours: Tensor) -> float:
+    """The largest absolute difference over the largest magnitude of the reference, computed in float64."""
+    exact = reference.double()
+    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def check_fp32(name: str, stock: Tensor, ours: Tensor) -> dict[str, float]:
+    """The error of ours against stock; refused above 1e-5."""
+    error = relative_error(stock, ours)
+    if not error <= FP32_TOLERANCE:
+        raise Refused(f"{name}: relative error {error:.2e}, allowed {FP32_TOLERANCE:.0e}")
+    return {"relative_error": error, "allowed": FP32_TOLERANCE}
+
+
+def check_half(name: str, reference: Tensor, stock: Tensor, ours: Tensor) -> dict[str, float]:
+    """Our error against a float32 reference beside stock's own; refused above 1.2 times that."""
+    theirs, mine = relative_error(reference, stock), relative_error(reference, ours)
+    if not mine <= HALF_TOLERANCE * theirs:
+        raise Refused(f"{name}: error {mine:.2e} against fp32, stock's own is {theirs:.2e}, allowed {HALF_TOLERANCE}x")
+    return {"error": mine, "stock_error": theirs, "ratio": mine / theirs, "allowed": HALF_TOLERANCE}
+
+
+def check_tokens(name: str, stock: Tensor, ours: Tensor) -> dict[str, bool]:
+    """Whether the two wrote the same tokens; refused where they did not."""
+    if not torch.equal(stock, ours):
+        first = (stock != ours).any(0).nonzero()[0].item() if stock.shape == ours.shape else "the shape"
+        raise Refused(f"{name}: tokens differ from stock's, first at {first}")
+    return {"tokens_equal": True}
+
+
+# --- reporting ----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as they go into the JSON."""
+    packages = ("torch", "transformers", "triton", "dsi")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "cpu": _cpu_model(),
+        "flags": _cpu_flags(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "gpu": _gpu() if torch.cuda.is_available() else None,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _cpu_model() -> str:
+    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _cpu_flags() -> list[str]:
+    wanted = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile"}
+    found = {flag for line in _cpu_lines() if line.startswith("flags") for flag in line.split()}
+    return sorted(wanted & found)
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_GiB": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def table(results: Iterable[Result]) -> str:
+    """The results as text, one line a contender."""
+    lines = [f"{'':30} {'':18} {'median':>9} {'quartiles':>19}  {'unit':8}"]
+    for result in results:
+        for place, (contender, sample) in enumerate(result.times.items()):
+            lines.append(
+                f"{result.name if place == 0 else '':30} {contender:18} {sample.median:9.3f} "
+                f"{sample.low:9.3f}-{sample.high:9.3f}  {result.unit:8}"
+            )
+        lines.append(f"{'':30} {_verdict(result)}\n")
+    return "\n".join(lines)
+
+
+def _verdict(result: Result) -> str:
+    verdicts = []
+    for name, ratio in result.ratios.items():
+        bar = result.bars.get(name)
+        judged = "" if bar is None else f" (bar {bar:.2f}: {'met' if ratio >= bar else 'NOT MET'})"
+        verdicts.append(f"{ratio:.2f} times as fast as {name}{judged}")
+    return "; ".join([*verdicts, *(f"{value:.3g} {name}" for name, value in result.ceiling.items())])
+
+
+def run(cases: Mapping[str, Callable[[], Result]], *, ceilings: Mapping[str, float], out: Path | None) -> int:
+    """Run the cases, print their table, write the JSON; returns the exit status, 1 if one was refused.
+
+    Args:
+        cases: name -> function that checks, then measures.
+        ceilings: what this machine was measured to be able to do.
+        out: where the JSON goes.
+    """
+    results, refused = [], {}
+    for name, case in cases.items():
+        # progress, so that a long run does not look dead; the table comes last
+        sys.stderr.write(f"{name} ...\n")
+        try:
+            results.append(case())
+        except Refused as reason:
+            refused[name] = str(reason)
+        # a case that breaks must not cost the results of the others, on a machine that was lent for one run
+        except Exception as broken:  # noqa: BLE001
+            traceback.print_exc()
+            refused[name] = f"{name}: {type(broken).__name__}: {broken}"
+    print("\n".join(f"{name}: {value:.4g}" for name, value in ceilings.items()), end="\n\n")
+    print(table(results))
+    for reason in refused.values():
+        print(f"REFUSED, nothing was measured: {reason}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "environment": environment(),
+            "ceilings": dict(ceilings),
+            "results": [result.to_dict() for result in results],
+            "refused": refused,
+        }
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {out}")
+    return 1 if refused else 0
