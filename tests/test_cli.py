@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from dsi import cli, skeleton
-from dsi.cli import main
+from dsi import skeleton
+from dsi.cli import explain, main
 from dsi.errors import ConfigError, UnsupportedModelError
 from dsi.policy import API_VERSION, Block, Policy, Refusal, hookimpl
 from dsi.registry import Registry
@@ -268,7 +268,8 @@ def test_explain_each_config_of_one_layer_class(capsys, monkeypatch, tmp_path):
     )
     model = build_skeleton(folder)
     verdicts = {
-        paths[0]: registry.choose(found, config).full_name for found, (config, paths) in cli._claimed(model, registry)
+        paths[0]: registry.choose(found, config).full_name
+        for found, (config, paths) in explain._claimed(model, registry)
     }
     assert verdicts == {"text_model.encoder.layers.0": "acme:main", "vision_model.encoder.layers.0": ""}
 

@@ -1,0 +1,116 @@
+"""`dsi explain`: which policies claim a model's layers, and why one was chosen and the others were not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from dsi.cli.command import Answer, Command
+from dsi.cli.model import add_arguments, exit_code, plan_of, prepare
+from dsi.config import InferenceConfig
+from dsi.errors import AmbiguousPolicyError
+from dsi.registry import Choice, Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@attrs.frozen(kw_only=True)
+class _Verdict:
+    """What became of one candidate for a layer class."""
+
+    full_name: str
+    distribution: str
+    version: str
+    priority: int
+    chosen: bool
+    stage: str = ""
+    reason: str = ""
+    hint: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class _Claim:
+    """One layer class under one config, with everyone who claims it."""
+
+    layer: str
+    paths: tuple[str, ...]
+    verdicts: tuple[_Verdict, ...]
+    error: str = ""
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """A verdict on every candidate for every claimed layer class, then the plan."""
+    model, config, registry = prepare(args)
+    claims = [_claim(registry, config, layer, *found) for layer, found in _claimed(model, registry)]
+    text = [line for claim in claims for line in _claim_lines(claim)] or ["no policy claims a layer of this model"]
+    data: dict[str, Any] = {"layers": [attrs.asdict(claim) for claim in claims]}
+    if any(claim.error for claim in claims):
+        return Answer(text="\n".join(text), data=data, code=1)
+    plan = plan_of(model, config, registry)
+    return Answer(
+        text="\n".join([*text, "", plan.table()]), data={**data, "plan": plan.to_dict()}, code=exit_code(config, plan)
+    )
+
+
+def _claimed(model: nn.Module, registry: Registry) -> Iterator[tuple[str, tuple[Any, tuple[str, ...]]]]:
+    """Each claimed layer class, once for each config that its instances stand under, with their paths."""
+    configs: dict[str, Any] = {}
+    found: dict[tuple[str, int], list[str]] = {}
+    for path, module in model.named_modules():
+        own = getattr(module, "config", None)
+        configs[path] = own if own is not None else configs.get(path.rpartition(".")[0])
+        layer = f"{type(module).__module__}:{type(module).__qualname__}"
+        if registry.blocks_for(layer):
+            found.setdefault((layer, id(configs[path])), []).append(path)
+    for (layer, _), paths in found.items():
+        yield layer, (configs[paths[0]], tuple(paths))
+
+
+def _claim(
+    registry: Registry, config: InferenceConfig, layer: str, model_config: Any, paths: tuple[str, ...]
+) -> _Claim:
+    try:
+        choice, error = registry.choose(layer, model_config, config.injection_policy), ""
+    except AmbiguousPolicyError as tie:
+        choice, error = Choice(), str(tie)
+    rejected = {one.full_name: one for one in choice.rejected}
+    verdicts = []
+    for full_name, policy, _ in registry.blocks_for(layer):
+        record = next(one for one in registry.records if one.name == full_name.partition(":")[0])
+        out = rejected.get(full_name)
+        verdicts.append(
+            _Verdict(
+                full_name=full_name,
+                distribution=record.distribution,
+                version=record.version,
+                priority=policy.priority,
+                chosen=full_name == choice.full_name,
+                **(attrs.asdict(out, filter=lambda field, _: field.name != "full_name") if out is not None else {}),
+            )
+        )
+    return _Claim(layer=layer, paths=paths, verdicts=tuple(verdicts), error=error)
+
+
+def _claim_lines(claim: _Claim) -> Iterator[str]:
+    first, last = claim.paths[0], claim.paths[-1]
+    yield f"{claim.layer}: {first}" + (f" .. {last}, {len(claim.paths)} layers" if first != last else "")
+    for one in claim.verdicts:
+        who = f"{one.full_name} ({f'{one.distribution} {one.version}'.strip() or '-'}, priority {one.priority})"
+        verdict = "chosen" if one.chosen else f"not chosen, {one.stage}: {one.reason}" if one.stage else "undecided"
+        yield f"  {'*' if one.chosen else '-'} {who}: {verdict}"
+        if one.hint:
+            yield f"      {one.hint}"
+    if claim.error:
+        yield f"  => {claim.error}"
+
+
+COMMAND = Command(
+    name="explain",
+    help="which policies claim a model's layers, and why one was chosen",
+    run=run,
+    arguments=add_arguments,
+)
