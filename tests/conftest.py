@@ -77,7 +77,8 @@ def fresh_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function that runs code in a new interpreter, at the repository's root, and returns what it printed."""
 
     def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "policies"))
+        folders = (*(ROOT / part for part in (".", "kernels", "policies")), *sorted(ROOT.glob("plugins/*")))
+        paths = os.pathsep.join(map(str, folders))
         return subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# every folder of plugins/ is a distribution: its name with an underscore is its package's
+PLUGINS = {file.parent.name.replace("-", "_"): file.parent for file in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 SOURCES = {
     "dsi": ROOT / "dsi",
     "dsi_kernels": ROOT / "kernels" / "dsi_kernels",
     "dsi_policies": ROOT / "policies" / "dsi_policies",
+    **{package: folder / package for package, folder in PLUGINS.items()},
 }
 
 
@@ -42,6 +47,53 @@ def _is_in(module: str, *places: str) -> bool:
 def test_folders_of_distributions_are_no_packages(folder):
     # a root `kernels/__init__.py` would shadow Hugging Face's `kernels`, which transformers and diffusers import
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", PLUGINS)
+def test_a_plugin_is_in_reach_of_tests_and_linters(package):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    folder = PLUGINS[package].relative_to(ROOT).as_posix()
+    contracts = {one["name"]: one for one in settings["importlinter"]["contracts"]}
+    assert folder in settings["pytest"]["ini_options"]["pythonpath"]
+    assert f"$MYPY_CONFIG_FILE_DIR/{folder}" in settings["mypy"]["mypy_path"]
+    assert package in settings["importlinter"]["root_packages"]
+    assert package in contracts["plugins see the public API alone"]["source_modules"]
+
+
+@pytest.mark.parametrize("package", PLUGINS)
+def test_a_plugin_is_a_distribution_of_its_own(package):
+    project = tomllib.loads((PLUGINS[package] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == PLUGINS[package].name
+    assert project["dependencies"] == ["dsi"]
+    assert project["entry-points"].keys() == {"dsi"}
+    assert (PLUGINS[package] / project["readme"]).exists()
+    assert list((PLUGINS[package] / "tests").glob("test_*.py"))
+
+
+def test_plugins_import_the_public_api_alone():
+    # import-linter does not look at their tests
+    found = {
+        str(file.relative_to(ROOT)): strange
+        for package, folder in PLUGINS.items()
+        for file in sorted(folder.rglob("*.py"))
+        if (strange := sorted(set(_top_imports(file)) - _PUBLIC - {package} - set(sys.stdlib_module_names)))
+    }
+    assert found == {}
+
+
+_PUBLIC = {"attrs", "dsi.policy", "dsi.testing", "pytest", "transformers"}
+
+
+def _top_imports(file: Path) -> Iterator[str]:
+    """What the module imports: of dsi the two first parts of the name, else the first."""
+    for node in ast.walk(_tree(file)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "."] if node.module != "dsi" else [f"dsi.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (".".join(name.split(".")[: 2 if name.startswith("dsi.") else 1]) for name in names)
 
 
 def test_transformers_imports_with_the_repository_on_the_path(fresh_python):
@@ -232,7 +284,7 @@ def test_only_the_command_line_prints():
 
 
 def test_importing_dsi_and_its_policies_is_light(fresh_python):
-    policies = [module for module, _ in _modules("dsi_policies")]
+    policies = [module for module, _ in _modules("dsi_policies", *PLUGINS)]
     done = fresh_python(
         f"import sys, importlib, dsi\n"
         f"[importlib.import_module(name) for name in {policies}]\n"
