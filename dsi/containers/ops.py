@@ -6,6 +6,7 @@ A table has no state, so a container holds one by name and survives pickling and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +19,34 @@ from dsi.containers.activations import ACTIVATIONS
 class Rope(NamedTuple):
     """Rotary embedding of the positions at hand.
 
-    cos, sin: [1 or B, S, rotary_dim]; signed: sin with its first half negated, so that
-    `rotate_half(x) * sin == roll(x, rotary_dim / 2) * signed`.
+    cos, sin: [1 or B, S, rotary_dim]; signed: sin, negative where the first of two dimensions stands that turn
+    together, so that `rotate_half(x) * sin == roll(x, rotary_dim / 2) * signed`; pairs: dimensions 2i and 2i + 1 turn
+    together, not i and i + rotary_dim / 2.
     """
 
     cos: Tensor
     sin: Tensor
     signed: Tensor
+    pairs: bool = False
 
     @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> Rope:
+    def of(cls, cos: Tensor, sin: Tensor, pairs: bool = False) -> Rope:
+        if pairs:
+            return cls(cos, sin, torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2), True)
         half = sin.shape[-1] // 2
         return cls(cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1))
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, pairs: bool) -> Rope:
+        """Terms of table rows [1 or B, S, rotary_dim]: the sines of all pairs of dimensions, then their cosines."""
+        sin, cos = rows.chunk(2, dim=-1)
+        if pairs:
+            return cls.of(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), True)
+        return cls.of(torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rope:
+        """The same terms after `change`, e.g. a choice of positions."""
+        return Rope(change(self.cos), change(self.sin), change(self.signed), self.pairs)
 
 
 class Heads(NamedTuple):
@@ -88,11 +105,34 @@ def rotate(x: Tensor, rope: Rope, heads_at: int = 2) -> Tensor:
     if heads_at == 2 or cos.shape[0] > 1:
         cos, signed = cos.unsqueeze(heads_at), signed.unsqueeze(heads_at)
     width = cos.shape[-1]
-    if width == x.shape[-1]:
-        return torch.addcmul(x * cos, x.roll(width // 2, -1), signed)
-    turned = x[..., :width]
-    turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), signed)
-    return torch.cat((turned, x[..., width:]), dim=-1)
+    turned = x if width == x.shape[-1] else x[..., :width]
+    other = _swapped(turned) if rope.pairs else turned.roll(width // 2, -1)
+    turned = torch.addcmul(turned * cos, other, signed)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """x with its dimensions 2i and 2i + 1 exchanged."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def with_bias(mask: Tensor | None, bias: Tensor, length: int, *, causal: bool) -> Tensor:
+    """One additive mask of a mask and a bias.
+
+    Args:
+        mask: None, or bool (True = attend) or additive, [B, 1 or heads, S, T].
+        bias: [B, heads, 1, T].
+        length: S.
+        causal: what a missing mask means.
+
+    Returns:
+        [B, heads, 1 or S, T], in the dtype of `bias`.
+    """
+    if mask is None and causal and length > 1:
+        mask = torch.ones(length, bias.shape[-1], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
 
 
 def _one_row(x: Tensor) -> bool:
@@ -115,6 +155,11 @@ class AtenOps:
         if _one_row(x) and weight is not None and norm.eps > 0 and not norm.offset:
             flat = x.view(-1)
             return (x * (float(flat.dot(flat)) / x.shape[-1] + norm.eps) ** -0.5).mul_(weight)
+        if x.is_cuda and weight is not None:
+            # one launch, and no rounding before the product with the weight
+            if norm.offset:
+                return F.rms_norm(x.float(), x.shape[-1:], weight.float() + norm.offset, norm.eps).to(x.dtype)
+            return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
         wide = x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1])
         normed = wide * scale.add_(norm.eps).rsqrt_()
@@ -158,11 +203,11 @@ class AtenOps:
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def append(
-        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None, repeat: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `split` for one position a row, qkv [B, rows], with k and v written to the preallocated cache layer.
 
-        Returns q [B, heads, 1, head_dim], and all keys and values.
+        The cache gets every kv head `repeat` times. Returns q [B, heads, 1, head_dim], and all keys and values.
         """
         # of one position, [B, heads, 1, head_dim] is a view
         heads = qkv.view(qkv.shape[0], -1, 1, shape.head_dim)
@@ -175,6 +220,8 @@ class AtenOps:
         if rope is not None:
             qk = rotate(qk, rope, heads_at=1)
         q, k = qk.split((shape.heads, shape.kv_heads), dim=1)
+        if repeat > 1:
+            k, v = repeat_heads(k, repeat), repeat_heads(v, repeat)
         return q, *kv.append(k, v)
 
     def attend(
@@ -201,12 +248,14 @@ class AtenOps:
             wide = (mask.float() if mask is not None and mask.is_floating_point() else mask, causal, scale)
             return self.attend(q.float(), k.float(), v.float(), *wide).to(q.dtype)
         if heads != kv_heads:
-            if length == 1 and (mask is None or mask.shape[1] == 1):
+            if length == 1:
                 # the queries of a group take the place of positions: no copy of k and v
                 grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+                if mask is not None and mask.shape[1] > 1:
+                    mask = mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, -1)
                 out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
                 return out.reshape(batch, 1, heads * width)
-            k, v = _repeat(k, heads // kv_heads), _repeat(v, heads // kv_heads)
+            k, v = repeat_heads(k, heads // kv_heads), repeat_heads(v, heads // kv_heads)
         is_causal = causal and mask is None and length > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
         return out.transpose(1, 2).reshape(batch, length, heads * width)
@@ -225,7 +274,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     """Attention with capped scores, in the open; a row that may attend to nothing gives 0."""
     batch, heads, length, width = q.shape
     group = heads // k.shape[1]
-    k, v = (_repeat(k, group), _repeat(v, group)) if group > 1 else (k, v)
+    k, v = (repeat_heads(k, group), repeat_heads(v, group)) if group > 1 else (k, v)
     scores = (q @ k.transpose(-1, -2) * scale / softcap).tanh() * softcap
     if mask is None and causal and length > 1:
         mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -235,17 +284,31 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return (weights @ v).transpose(1, 2).reshape(batch, length, heads * width)
 
 
-def _repeat(x: Tensor, times: int) -> Tensor:
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Every head of x [B, heads, S, d] that many times in a row."""
     batch, heads, length, width = x.shape
     return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
 
 
+# bytes of the hidden states (or keys) from which a kernel of ours is worth its launch outside of a CUDA graph. A launch
+# through Triton costs the host 40 to 90 us, one of torch's 5 to 15 (H200 machine), and below this the device waits for
+# the host: BERT-base at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
+KERNEL_FROM = 1 << 22
+
+
+def _torch_wins(x: Tensor) -> bool:
+    """Whether torch's own launches are the faster ones: little to do, and no graph that would replay ours for free."""
+    return x.is_cuda and x.nbytes < KERNEL_FROM and not torch.cuda.is_current_stream_capturing()
+
+
 class TritonOps(AtenOps):
-    """dsi_kernels where one covers the operation; the rest is torch's."""
+    """dsi_kernels where one covers the operation and the host can keep up with them; the rest is torch's."""
 
     name = "triton"
 
     def norm(self, norm: NormOp, x: Tensor) -> Tensor:
+        if _torch_wins(x):
+            return super().norm(norm, x)
         import dsi_kernels
 
         x = x.contiguous()
@@ -256,6 +319,8 @@ class TritonOps(AtenOps):
         return dsi_kernels.rms_norm(x, norm.weight, norm.eps)
 
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
+        if _torch_wins(residual):
+            return super().project_norm(linear, x, residual, norm)
         import dsi_kernels
 
         y, residual = linear.forward(x), residual.contiguous()
@@ -266,11 +331,15 @@ class TritonOps(AtenOps):
         return dsi_kernels.add_rms_norm(y, residual, norm.weight, norm.eps)
 
     def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        if _torch_wins(x):
+            return super().activate(linear, x, kind)
         import dsi_kernels
 
         return dsi_kernels.bias_activation(F.linear(x, linear.weight), linear.bias, kind)
 
     def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        if _torch_wins(x):
+            return super().gate(linear, x, kind)
         import dsi_kernels
 
         return dsi_kernels.gated_activation(linear.forward(x), kind)
@@ -280,7 +349,7 @@ class TritonOps(AtenOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         import dsi_kernels
 
-        if rope is None or norms is not None:
+        if rope is None or norms is not None or rope.pairs:
             return super().split(qkv, shape, rope, norms)
         batch, length, _ = qkv.shape
         k, v = qkv.new_empty(2, batch, shape.kv_heads, length, shape.head_dim).unbind(0)
@@ -288,12 +357,12 @@ class TritonOps(AtenOps):
         return q, k, v
 
     def append(
-        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None, repeat: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         import dsi_kernels
 
-        if norms is not None:
-            return super().append(qkv, shape, rope, kv, norms)
+        if norms is not None or repeat > 1 or (rope is not None and rope.pairs):
+            return super().append(qkv, shape, rope, kv, norms, repeat)
         start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
         q = dsi_kernels.rope_kv_write(qkv.unsqueeze(1), cos, sin, k, v, start, *shape)
@@ -304,13 +373,34 @@ class TritonOps(AtenOps):
     ) -> Tensor:
         import dsi_kernels
 
-        if softcap is not None:
+        if softcap is not None or (mask is not None and mask.dtype is not torch.bool):
             return super().decode(q, k, v, mask, scale, softcap)
         out = dsi_kernels.decode_attention(q, k, v, k.shape[2], mask, scale)
         return out.reshape(q.shape[0], -1)
 
 
-TABLES: dict[str, AtenOps] = {"aten": AtenOps(), "triton": TritonOps()}
+class TritonLayerOps(TritonOps):
+    """dsi_kernels around the attention, which is of a form that they do not know."""
+
+    name = "triton, attention aten"
+
+    split = AtenOps.split
+    append = AtenOps.append
+    decode = AtenOps.decode
+
+
+TABLES: dict[str, AtenOps] = {table.name: table for table in (AtenOps(), TritonOps(), TritonLayerOps())}
+
+
+def kernels_take(shape: Heads) -> bool:
+    """Whether the decode attention kernel takes heads of this number and size."""
+    from dsi_kernels.decode_attention import MAX_GROUP, MAX_GROUP_TILE, MAX_HEAD_DIM, block_sizes
+
+    group = shape.heads // shape.kv_heads
+    if group > MAX_GROUP or shape.head_dim > MAX_HEAD_DIM:
+        return False
+    rows, columns = block_sizes(group, shape.head_dim)
+    return rows * columns <= MAX_GROUP_TILE
 
 
 def choose_ops(device: torch.device, use_triton: bool | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dsi
+from dsi.containers import ops
 from tests.support.models import CAUSAL, cases, inputs_for, tiny
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +66,14 @@ def exact_products() -> Any:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.fixture(params=[0, ops.KERNEL_FROM], ids=["our kernels", "as small as this"])
+def kernel_from(request: Any, monkeypatch: Any) -> int:
+    """From how many bytes on our kernels run: tiny models would meet torch's alone."""
+    monkeypatch.setattr(ops, "KERNEL_FROM", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("kernel_from")
 @pytest.mark.parametrize("pad", [None, "left", "right", "ragged"])
 @pytest.mark.parametrize(("family", "head"), cases())
 def test_fp32_equals_stock(family: str, head: str, pad: Any) -> None:
@@ -77,6 +86,7 @@ def test_fp32_equals_stock(family: str, head: str, pad: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("kernel_from")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", LOW_PRECISION)
 def test_low_precision_is_no_worse_than_stock(family: str, dtype: torch.dtype) -> None:
@@ -94,6 +104,7 @@ def test_low_precision_is_no_worse_than_stock(family: str, dtype: torch.dtype) -
     assert statistics.mean(ours_error) <= 1.2 * statistics.mean(stock_error)
 
 
+@pytest.mark.usefixtures("kernel_from")
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
 @pytest.mark.parametrize("pad", [None, "left"])
