@@ -47,7 +47,7 @@ def attach_session(model: nn.Module, injection: Injection, config: InferenceConf
 
 def _context(model: nn.Module, plan: Plan) -> int | None:
     """The most tokens a generation may reach, by the model's own word; None where nobody says."""
-    if plan.decode is None:
+    if plan.decode is None or not plan.decode.context:
         return None
     return int(getattr(model.config, plan.decode.context))
 

@@ -16,9 +16,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dsi.containers.base import ATTENTION, Container
+from dsi.containers.base import Container
 from dsi.errors import PolicyError
-from dsi.policy import Attr, Block, Concat, Config, Keep, Linear, Norm, Packed, Refusal
+from dsi.policy import Attr, Block, Concat, Config, Inverse, Keep, Linear, Norm, Packed, Refusal, RotaryTable
 
 ReasonCode = Literal[
     "no_policy",
@@ -109,7 +109,7 @@ def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool
         PolicyError: the policy does not describe this layer class.
     """
     container = load_class(block.container)
-    obstacle = _obstacle(layer, config, loaded)
+    obstacle = _obstacle(layer, config, block.call.attention, loaded)
     if obstacle is not None:
         return obstacle
     wrong = _wrong_source(block, layer, where)
@@ -117,6 +117,7 @@ def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool
         return wrong
     _check_complete(block, layer, where)
     _check_places(block, container, where)
+    _check_rotary_table(block, layer, where)
     facts = _read_facts(block, container, layer, config, where)
     if isinstance(facts, Reason):
         return facts
@@ -129,14 +130,14 @@ def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool
 # --- what stands in the way -------------------------------------------------------------------------------------------
 
 
-def _obstacle(layer: nn.Module, config: Any, loaded: bool) -> Reason | None:
+def _obstacle(layer: nn.Module, config: Any, known: frozenset[str], loaded: bool) -> Reason | None:
     if isinstance(layer, Container):
         return Reason("already_replaced", "a dsi container stands here already; engine.restore() first")
     if layer.training:
         return Reason("training_mode", "the model is in training mode; call model.eval() first")
     attention = getattr(config, "_attn_implementation", None)
-    if attention is not None and attention not in ATTENTION:
-        return Reason("attention", f"attention implementation {attention!r}; sdpa and eager are supported")
+    if attention is not None and attention not in known:
+        return Reason("attention", f"attention implementation {attention!r}; supported: {', '.join(sorted(known))}")
     return _patched(layer) or _unusable_weights(layer, loaded)
 
 
@@ -195,7 +196,7 @@ def _wanted_class(slot: Any) -> str:
     if isinstance(slot, Norm):
         return slot.cls
     if isinstance(slot, Linear | Concat | Packed):
-        return CONV1D if slot.transposed else LINEAR
+        return slot.cls or (CONV1D if slot.transposed else LINEAR)
     raise PolicyError(f"slot {slot!r} is of no kind that dsi knows")
 
 
@@ -249,6 +250,17 @@ def _check_places(block: Block, container: type[Container], where: str) -> None:
         )
 
 
+def _check_rotary_table(block: Block, layer: nn.Module, where: str) -> None:
+    table = block.call.rope
+    if not isinstance(table, RotaryTable):
+        return
+    owner_path, _, name = table.path.rpartition(".")
+    owner = submodule(layer, owner_path, f"{where}: rotary table") if owner_path else layer
+    rows = getattr(owner, name, None)
+    if not isinstance(rows, Tensor) or rows.dim() != 2:
+        raise PolicyError(f"{where}: rotary table {table.path!r} is {type(rows).__name__}, not a 2-D tensor")
+
+
 def _read_facts(
     block: Block, container: type[Container], layer: nn.Module, config: Any, where: str
 ) -> dict[str, Any] | Reason:
@@ -263,7 +275,7 @@ def _read_facts(
     for name, source in block.facts.items():
         try:
             facts[name] = _read(source, layer, config)
-        except AttributeError as error:
+        except (AttributeError, TypeError, ZeroDivisionError) as error:
             return Reason("refused", f"fact {name!r} cannot be read: {error}")
     return facts
 
@@ -271,6 +283,8 @@ def _read_facts(
 def _read(source: Any, layer: nn.Module, config: Any) -> Any:
     if isinstance(source, Config):
         return getattr(config, source.name)
+    if isinstance(source, Inverse):
+        return 1.0 / _read(source.of, layer, config)
     if isinstance(source, Attr):
         found: Any = layer
         for name in source.path.split("."):

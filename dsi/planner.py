@@ -327,7 +327,7 @@ class _Planner:
             original=layer,
             container=choice.block.container,
             policy=choice.full_name,
-            ops=choose_ops(self.device, self.config.use_triton),
+            ops=found.container.operations(choose_ops(self.device, self.config.use_triton), found.facts),
             slots=tuple(self._slot(place, slot, module) for place, slot in choice.block.slots.items()),
             block=choice.block,
             fit=found,
@@ -398,7 +398,7 @@ class _Planner:
         limit, wanted = min(limits, default=None), self.config.max_out_tokens
         if limit is not None and wanted is not None and wanted > limit:
             raise ConfigError([f"max_out_tokens: {wanted} is more than the model's {limit} learned positions"])
-        own = int(getattr(self.model.config, decode.context)) if decode is not None else limit
+        own = int(getattr(self.model.config, decode.context)) if decode is not None and decode.context else limit
         reach = wanted or own
         if reach is not None and self.config.min_out_tokens > reach:
             raise ConfigError([f"min_out_tokens: {self.config.min_out_tokens} is more than the context of {reach}"])

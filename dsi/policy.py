@@ -7,7 +7,7 @@ nothing heavy. This module imports attrs and pluggy alone.
     |-- Block              one layer class: its container, slots, facts and call convention
     |   |-- Slot           Linear, Concat, Packed, Norm, Keep: which weights of the layer feed which place of the
     container
-    |   |-- Fact           Config, Attr, Const: where a number that the container needs is read
+    |   |-- Fact           Config, Attr, Const, Inverse: where a number that the container needs is read
     |   `-- Call           how the parent calls the layer, and what the layer returns
     |-- CausalLM           the parts around the layers, so that decoding can run without the model's own forward
     `-- Context            the longest input, where positions are learned
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import attrs
 import pluggy
 
-API_VERSION: tuple[int, int] = (1, 0)
+API_VERSION: tuple[int, int] = (1, 1)
 """(major, minor) of this vocabulary. A plugin loads iff its `DSI_API` has this major and no higher minor."""
 
 hookspec = pluggy.HookspecMarker("dsi")
@@ -83,7 +83,14 @@ class Const:
     value: Any
 
 
-Fact = Config | Attr | Const
+@attrs.frozen
+class Inverse:
+    """A fact that is 1 over another one, e.g. a scale where the layer holds the divisor."""
+
+    of: Config | Attr | Const
+
+
+Fact = Config | Attr | Const | Inverse
 
 
 # --- slots --------------------------------------------------------------------------------------------------------
@@ -106,14 +113,17 @@ class Linear(Slot):
         path: the submodule, e.g. "self_attn.o_proj".
         split: how tensor parallelism cuts it: "column" (output rows), "row" (input columns) or "none".
         transposed: the weight is stored [in, out] (Conv1D).
+        cls: the class the submodule must be ("module:Class") where it is a linear layer of the architecture's own that
+            computes x @ W.T + b; "" for torch's Linear, or Conv1D where transposed.
     """
 
     path: str
     split: Split
     transposed: bool
+    cls: str
 
-    def __init__(self, path: str, *, split: Split = "none", transposed: bool = False) -> None:
-        self.__attrs_init__(path=path, split=split, transposed=transposed)
+    def __init__(self, path: str, *, split: Split = "none", transposed: bool = False, cls: str = "") -> None:
+        self.__attrs_init__(path=path, split=split, transposed=transposed, cls=cls)
 
     def sources(self) -> tuple[str, ...]:
         return (self.path,)
@@ -127,16 +137,18 @@ class Concat(Slot):
         paths: the submodules, e.g. "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj".
         split: see `Linear`.
         transposed: the weights are stored [in, out].
+        cls: see `Linear`.
     """
 
     paths: tuple[str, ...]
     split: Split
     transposed: bool
+    cls: str
 
-    def __init__(self, *paths: str, split: Split = "none", transposed: bool = False) -> None:
+    def __init__(self, *paths: str, split: Split = "none", transposed: bool = False, cls: str = "") -> None:
         if len(paths) < 2:
             raise ValueError(f"Concat needs two paths or more, got {paths}; use Linear for one")
-        self.__attrs_init__(paths=paths, split=split, transposed=transposed)
+        self.__attrs_init__(paths=paths, split=split, transposed=transposed, cls=cls)
 
     def sources(self) -> tuple[str, ...]:
         return self.paths
@@ -154,12 +166,14 @@ class Packed(Slot):
             "halves": all gate rows, then all up rows.
         split: see `Linear`.
         transposed: the weight is stored [in, out].
+        cls: see `Linear`.
     """
 
     path: str
     layout: Literal["thirds", "head_interleaved", "kv_grouped", "halves"]
     split: Split
     transposed: bool
+    cls: str
 
     def __init__(
         self,
@@ -168,8 +182,9 @@ class Packed(Slot):
         layout: Literal["thirds", "head_interleaved", "kv_grouped", "halves"],
         split: Split = "none",
         transposed: bool = False,
+        cls: str = "",
     ) -> None:
-        self.__attrs_init__(path=path, layout=layout, split=split, transposed=transposed)
+        self.__attrs_init__(path=path, layout=layout, split=split, transposed=transposed, cls=cls)
 
     def sources(self) -> tuple[str, ...]:
         return (self.path,)
@@ -230,24 +245,43 @@ class Keep(Slot):
 
 
 @attrs.frozen(kw_only=True)
+class RotaryTable:
+    """Rotary terms that each layer reads for itself, at the positions that it is given.
+
+    Args:
+        path: the layer's buffer, [positions, rotary_dim]: in each row the sines of all pairs, then their cosines.
+        positions: name of the argument of position ids, [1 or B, S].
+    """
+
+    path: str
+    positions: str = "position_ids"
+
+
+@attrs.frozen(kw_only=True)
 class Call:
     """How the parent calls a layer. The first positional argument is always the hidden states, [B, S, H].
 
     Args:
         mask: name of the attention mask argument; "" where there is none.
         cache: name of the KV cache argument; "" where there is none.
-        rope: name of the (cos, sin) argument; "" for models without rotary embedding.
+        rope: name of the (cos, sin) argument, or the table that the layer has itself; "" for models without rotary
+            embedding.
+        bias: name of an argument of biases, [B * heads, 1, keys], which are added to the scaled scores; "" where there
+            is none.
         free: arguments that change nothing the container computes; any value is fine.
         returns: "tensor", or "tuple" for (hidden states, attention weights or None).
+        attention: attention implementations under which the layer computes what the container does.
     """
 
     mask: str = "attention_mask"
     cache: str = "past_key_values"
-    rope: str = ""
+    rope: str | RotaryTable = ""
+    bias: str = ""
     free: frozenset[str] = attrs.field(
         default=frozenset({"position_ids", "use_cache", "output_router_logits"}), converter=_names
     )
     returns: Literal["tensor", "tuple"] = "tensor"
+    attention: frozenset[str] = attrs.field(default=frozenset({"sdpa", "eager"}), converter=_names)
 
 
 @attrs.frozen(kw_only=True)
@@ -294,16 +328,41 @@ class Rotary:
 
 
 @attrs.frozen(kw_only=True)
+class Alibi:
+    """Biases that the model makes of the attention mask: for each head its slope times the key's position.
+
+    The position of a key is the number of unmasked keys before it, and 0 where it is masked itself. The slopes are the
+    powers that Press et al. 2022 give, https://arxiv.org/abs/2108.12409.
+
+    Args:
+        rounded: the torch dtype that slopes and products are rounded to, e.g. "bfloat16"; "" for float32.
+        scaled: the biases are multiplied by the layers' scale, as q.k is.
+    """
+
+    rounded: str = ""
+    scaled: bool = False
+
+
+@attrs.frozen(kw_only=True)
 class CausalLM:
     """The parts of a language model around its layers, for decoding without the model's own forward.
 
-    hidden = embed(ids) [-> project_in] [+ positions]; layers; [norm]; [project_out]; logits = head(hidden)
+    hidden = embed(ids) [-> project_in] [-> embed_norm] [+ positions]; layers; [norm]; [project_out]
+    logits = head(hidden) [, capped]
 
     Args:
         model: the class this holds for, "module:Class"; matched exactly.
         embed, layers, head, project_in, project_out: submodule paths. `norm` (a slot), `project_in` and `project_out`
             may be "" or name an attribute that is None on the model; both mean absent.
-        context: config attribute that holds the largest number of positions, prompt and new tokens together.
+        embed_norm: a norm over what is embedded.
+        positions, rotary, alibi: how the model knows positions. A `RotaryTable` of the layers is found by itself.
+        context: config attribute that holds the largest number of positions, prompt and new tokens together; "" where
+            the model has no such limit.
+        logit_cap: read from the config, the cap c of logits c * tanh(logits / c); None, also as the value read, for
+            logits as they are.
+        overrides: methods of generation that the model's class has of its own, by name, each with the number of
+            positions, read from the config, up to which it does what transformers' own does; None for any number.
+            Longer texts, and classes with a method that is not named here, take transformers' loop.
     """
 
     model: str
@@ -316,6 +375,10 @@ class CausalLM:
     project_in: str = ""
     project_out: str = ""
     context: str = "max_position_embeddings"
+    embed_norm: Norm | None = None
+    alibi: Alibi | None = None
+    logit_cap: Config | Const | None = None
+    overrides: Mapping[str, Config | Const] = attrs.field(converter=_read_only, factory=dict)
 
 
 @attrs.frozen(kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import TABLES, AtenOps, NormOp, Rope, choose_ops
 from dsi.errors import UnsupportedModelError
-from dsi.policy import Call, Refusal, Slot
+from dsi.policy import Call, Refusal, RotaryTable, Slot
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -38,21 +38,28 @@ _HOOK_TABLES = (
 )
 
 
-# attention implementations whose masks and meaning the fused path knows
-ATTENTION = frozenset({"sdpa", "eager"})
-
 # stands for "no such attribute, or one whose weights are fused away"
 _FUSED = object()
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer, understood: [B, S, H] hidden states, what to attend to, the cache and the rotary terms."""
+    """One call of a layer, understood.
+
+    Args:
+        hidden: [B, S, H].
+        mask: what to attend to: None, or bool or additive [B, 1 or heads, S, T].
+        cache: what keys and values go through, or None.
+        rope: rotary terms of the positions, or None.
+        causal: what a missing mask means.
+        bias: added to the scaled scores, [B * heads, 1, T], or None.
+    """
 
     hidden: Tensor
     mask: Tensor | None
     cache: Any
     rope: Rope | None
     causal: bool
+    bias: Tensor | None = None
 
 
 def parked(parameter: nn.Parameter) -> Tensor:
@@ -127,7 +134,12 @@ class Container(nn.Module):
         """All slots are in: choose the table of operations for the device they are on."""
         weight = next(self.parameters())
         self.dtype = weight.dtype
-        self.ops_name = choose_ops(weight.device, self.use_triton)
+        self.ops_name = self.operations(choose_ops(weight.device, self.use_triton), self.facts)
+
+    @classmethod
+    def operations(cls, table: str, facts: Mapping[str, Any]) -> str:
+        """The table of operations for a layer of these facts, on a device whose table is `table`."""
+        return table
 
     @property
     def ops(self) -> AtenOps:
@@ -168,37 +180,78 @@ class Container(nn.Module):
             return None
         given = dict(zip(self.positional, args, strict=False))
         given.update(kwargs)
+        call = self.call
+        rope_name = call.rope.positions if isinstance(call.rope, RotaryTable) else call.rope
         hidden = given.pop(self.positional[0], None)
-        mask = given.pop(self.call.mask, None) if self.call.mask else None
-        cache = given.pop(self.call.cache, None) if self.call.cache else None
-        rope = given.pop(self.call.rope, None) if self.call.rope else None
+        mask, cache, rope, bias = (given.pop(name, None) for name in (call.mask, call.cache, rope_name, call.bias))
         causal = given.pop("is_causal", None)
         if any(value is not None for name, value in given.items() if not self._free(name, value)):
             return None
-        if not self._fits(hidden, mask, cache, rope):
+        if not (self._fits(hidden, mask, cache) and self._fits_positions(hidden, rope, bias)):
             return None
-        terms = None if rope is None else Rope.of(*rope)
-        return LayerCall(hidden, mask, cache, terms, self.facts["causal"] if causal is None else bool(causal))
+        causal = self.facts["causal"] if causal is None else bool(causal)
+        return LayerCall(hidden, mask, cache, self._terms(rope), causal, bias)
+
+    def _terms(self, rope: Any) -> Rope | None:
+        """Rotary terms of what the call gave: (cos, sin), or positions."""
+        if rope is None:
+            return None
+        if isinstance(self.call.rope, RotaryTable):
+            return self.rope_at(rope)
+        cos, sin = rope
+        return Rope.of(cos, sin, self.rope_pairs)
+
+    @property
+    def rope_pairs(self) -> bool:
+        """Whether neighbouring dimensions turn together."""
+        return bool(self.facts.get("rope_pairs", False))
+
+    def rope_rows(self) -> Tensor | None:
+        """The stock layer's own rotary table, [positions, rotary_dim]; None where it has none."""
+        if not isinstance(self.call.rope, RotaryTable):
+            return None
+        found: Any = self.original
+        for name in self.call.rope.path.split("."):
+            found = getattr(found, name)
+        rows: Tensor = found
+        return rows
+
+    def rope_at(self, positions: Tensor) -> Rope:
+        """Terms from the layer's own table, at positions [1 or B, S]."""
+        rows = self.rope_rows()
+        assert rows is not None, "the layer has no rotary table"
+        return Rope.from_rows(torch.nn.functional.embedding(positions, rows).to(self.dtype), self.rope_pairs)
 
     def foreign_attention(self) -> str:
         """The model's attention implementation where it is none that the fused path stands for, else ""."""
         name = getattr(self.model_config, "_attn_implementation", None)
-        return "" if name is None or name in ATTENTION else str(name)
+        return "" if name is None or name in self.call.attention else str(name)
 
     def _free(self, name: str, value: Any) -> bool:
         # hidden states are recorded by hooks on the layer, whoever computes them
         return name in self.call.free or name == "output_hidden_states" or (name == "output_attentions" and not value)
 
-    def _fits(self, hidden: Any, mask: Any, cache: Any, rope: Any) -> bool:
+    def _fits(self, hidden: Any, mask: Any, cache: Any) -> bool:
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.dtype is not self.dtype or not hidden.numel():
             return False
         if mask is not None and not (
             isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype in (torch.bool, hidden.dtype)
         ):
             return False
-        if cache is not None and not self._takes_cache(cache):
+        return cache is None or self._takes_cache(cache)
+
+    def _fits_positions(self, hidden: Tensor, rope: Any, bias: Any) -> bool:
+        """The layer learns the positions the way that the policy says."""
+        if (rope is not None) != bool(self.call.rope) or (bias is not None) != bool(self.call.bias):
             return False
-        return (rope is not None) == bool(self.call.rope)
+        if isinstance(self.call.rope, RotaryTable):
+            rows, length = hidden.shape[:2]
+            if not isinstance(rope, Tensor) or rope.shape not in ((1, length), (rows, length)):
+                return False
+        return bias is None or self._takes_bias(hidden, bias)
+
+    def _takes_bias(self, hidden: Tensor, bias: Any) -> bool:
+        return False
 
     def _takes_cache(self, cache: Any) -> bool:
         return False

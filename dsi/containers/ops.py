@@ -6,7 +6,6 @@ A table has no state, so a container holds one by name and survives pickling and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +42,6 @@ class Rope(NamedTuple):
         if pairs:
             return cls.of(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), True)
         return cls.of(torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Rope:
-        """The same terms after `change`, e.g. a choice of positions."""
-        return Rope(change(self.cos), change(self.sin), change(self.signed), self.pairs)
 
 
 class Heads(NamedTuple):
@@ -366,7 +361,7 @@ class TritonOps(AtenOps):
         start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
         q = dsi_kernels.rope_kv_write(qkv.unsqueeze(1), cos, sin, k, v, start, *shape)
-        return q, kv.keys, kv.values
+        return q, *kv.visible()
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None

@@ -4,6 +4,7 @@
     post-norm    h = norm_attn(h + out(attend(qkv(h))));  h = norm_mlp(h + mlp(h))
     sandwich     as pre-norm, with norm_attn_out and norm_mlp_out over what is added
     parallel     h += out(attend(qkv(norm_attn(h)))) + mlp(norm_mlp(h)); without norm_mlp both read norm_attn(h)
+    normed sum   as pre-norm, with norm_attn(h) and norm_mlp(h) in the place of h as what is added to
 
 The MLP is down(act(up)), or down(act(gate) * up) with a `gate_up` slot, or a `mlp` module that is kept as it is.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dsi.containers.activations import KIND_OF_NAME
 from dsi.containers.base import Container, LayerCall
-from dsi.containers.ops import HeadNorms, Heads, Rope
+from dsi.containers.ops import HeadNorms, Heads, Rope, kernels_take, repeat_heads, with_bias
 from dsi.policy import Refusal, Slot
 
 _SLOTS = MappingProxyType(
@@ -46,14 +47,26 @@ class TransformerLayer(Container):
 
     Facts: `heads`, `kv_heads`, `head_dim`; `scale`, what q.k is multiplied by; `activation`, a config name;
     `pre_norm`; `causal`, what a missing mask means. May be left out: `parallel`, attention and MLP read the same
-    hidden states (False); `softcap`, the cap c of scores c * tanh(s / c), or None.
+    hidden states (False); `softcap`, the cap c of scores c * tanh(s / c), or None; `rope_pairs`, the rotary embedding
+    turns dimensions 2i and 2i + 1 together, not i and i + rotary_dim / 2 (False); `biased`, the scores have position
+    biases, so that masks are additive (False); `repeat_kv`, keys and values are repeated for every query head before
+    they go to the cache (False); `add_to_normed`, the residual connections start from the normed hidden states (False).
     """
 
     SLOTS: ClassVar[Mapping[str, bool]] = _SLOTS
     FACTS: ClassVar[frozenset[str]] = frozenset(
         {"heads", "kv_heads", "head_dim", "scale", "activation", "pre_norm", "causal"}
     )
-    OPTIONAL_FACTS: ClassVar[Mapping[str, Any]] = MappingProxyType({"parallel": False, "softcap": None})
+    OPTIONAL_FACTS: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "parallel": False,
+            "softcap": None,
+            "rope_pairs": False,
+            "biased": False,
+            "repeat_kv": False,
+            "add_to_normed": False,
+        }
+    )
 
     @classmethod
     def check(cls, facts: Mapping[str, Any], slots: Mapping[str, Slot]) -> Refusal | None:
@@ -76,9 +89,24 @@ class TransformerLayer(Container):
         self.kind = KIND_OF_NAME.get(facts["activation"], "")
         self.pre_norm = bool(facts["pre_norm"])
         self.parallel = bool(facts["parallel"])
+        self.repeat = self.shape.heads // self.shape.kv_heads if facts["repeat_kv"] else 1
+        self.add_to_normed = bool(facts["add_to_normed"])
         self.sandwich = "norm_attn_out" in places
         self.kept_mlp = "mlp" in places
         self.gated = "gate_up" in places
+
+    @classmethod
+    def operations(cls, table: str, facts: Mapping[str, Any]) -> str:
+        """The device's table, or where its kernels do not know this attention, one that takes torch's for it."""
+        if table != "triton":
+            return table
+        strange = facts["rope_pairs"] or facts["biased"] or facts["repeat_kv"]
+        known = not strange and kernels_take(Heads(facts["heads"], facts["kv_heads"], facts["head_dim"]))
+        return table if known else "triton, attention aten"
+
+    def _takes_bias(self, hidden: Tensor, bias: Any) -> bool:
+        rows = hidden.shape[0] * self.shape.heads
+        return isinstance(bias, Tensor) and bias.dtype is hidden.dtype and bias.shape[:-1] == (rows, 1)
 
     @property
     def head_norms(self) -> HeadNorms:
@@ -91,10 +119,18 @@ class TransformerLayer(Container):
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         q, k, v = ops.split(places["qkv"].forward(normed), self.shape, call.rope, self.head_norms)
+        if self.repeat > 1:
+            k, v = repeat_heads(k, self.repeat), repeat_heads(v, self.repeat)
         if call.cache is not None:
             k, v = call.cache.update(k, v, self.facts["layer_idx"])
-        attended = ops.attend(q, k, v, call.mask, call.causal, self.scale, self.softcap)
+        attended = ops.attend(q, k, v, self._mask(call), call.causal, self.scale, self.softcap)
         return self._after(attended, hidden, normed)
+
+    def _mask(self, call: LayerCall) -> Tensor | None:
+        if call.bias is None:
+            return call.mask
+        bias = call.bias.view(call.hidden.shape[0], self.shape.heads, 1, -1)
+        return with_bias(call.mask, bias, call.hidden.shape[1], causal=call.causal)
 
     # places are read from their dict, and linear layers called by `forward`: through torch's own attribute look-up and
     # call a decode step of one layer took 26 us more (2-core Zen 5)
@@ -115,6 +151,9 @@ class TransformerLayer(Container):
         if self.sandwich:
             hidden = ops.norm(places["norm_attn_out"], out.forward(attended)).add_(hidden)
             return ops.norm(places["norm_mlp_out"], self._mlp(ops.norm(places["norm_mlp"], hidden))).add_(hidden)
+        if self.add_to_normed:
+            normed, _ = ops.project_norm(out, attended, normed, places["norm_mlp"])
+            return self._mlp_add(normed, normed)
         if self.pre_norm:
             normed, hidden = ops.project_norm(out, attended, hidden, places["norm_mlp"])
             return self._mlp_add(normed, hidden)
@@ -154,6 +193,8 @@ def _wrong_slots(facts: Mapping[str, Any], slots: set[str]) -> str:
         return "only a parallel layer can do without 'norm_mlp'"
     if not facts["pre_norm"] and (facts["parallel"] or "mlp" in slots or "norm_attn_out" in slots):
         return "a post-norm layer is neither parallel nor sandwiched, and has an MLP of its own"
+    if facts["add_to_normed"] and (not facts["pre_norm"] or facts["parallel"] or "norm_attn_out" in slots):
+        return "a layer that adds to the normed hidden states is pre-norm, and neither parallel nor sandwiched"
     return ""
 
 
@@ -164,10 +205,13 @@ class EncoderLayer(TransformerLayer):
 class DecoderLayer(TransformerLayer):
     """A layer with a KV cache, and a step of its own for the decode loop.
 
-    Facts beside the shared ones: `layer_idx`, the layer's place in the cache.
+    Facts beside the shared ones: `layer_idx`, the layer's place in the cache. May be left out: `window`, how many
+    positions one sees, itself included; None for all before it. The model's masks say so too: this is for a decode
+    step, which has none.
     """
 
     FACTS: ClassVar[frozenset[str]] = TransformerLayer.FACTS | {"layer_idx"}
+    OPTIONAL_FACTS: ClassVar[Mapping[str, Any]] = MappingProxyType({**TransformerLayer.OPTIONAL_FACTS, "window": None})
 
     def _takes_cache(self, cache: Any) -> bool:
         # a cache of two halves belongs to cross attention
@@ -183,7 +227,8 @@ class DecoderLayer(TransformerLayer):
             hidden: [B, H].
             kv: a preallocated cache layer; grows by one.
             rope: terms of the position, each [1 or B, 1, rotary_dim], or None.
-            mask: None, or bool [B, 1, 1, T], True = attend; T counts the new position.
+            mask: None, or bool [B, 1, 1, T], True = attend, or additive [1 or B, heads, 1, T]; T counts the new
+                position.
 
         Returns:
             [B, H].
@@ -192,6 +237,6 @@ class DecoderLayer(TransformerLayer):
         own["fused_calls"] += 1
         ops, places = self.ops, own["_modules"]
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
-        q, k, v = ops.append(places["qkv"].forward(normed), self.shape, rope, kv, self.head_norms)
+        q, k, v = ops.append(places["qkv"].forward(normed), self.shape, rope, kv, self.head_norms, self.repeat)
         attended = ops.decode(q, k, v, mask, self.scale, self.softcap)
         return self._after(attended, hidden, normed)

@@ -1,6 +1,6 @@
 """One decode step of a language model without the model's own forward: embedding, layers, norm, head.
 
-    h = embed(ids) [-> project_in] [+ positions]
+    h = embed(ids) [-> project_in] [-> embed_norm] [+ positions]
     h = layer.decode(h) for each layer
     logits = head([project_out] [norm] h)
 
@@ -22,8 +22,9 @@ from dsi.containers.linear import has_avx512
 from dsi.containers.ops import NormOp, Rope
 from dsi.errors import PolicyError
 from dsi.policy import CausalLM, Norm, Positions, Rotary
+from dsi.runtime.alibi import AlibiSteps
 from dsi.runtime.kv_cache import PreallocatedLayer
-from dsi.runtime.rope_table import RopeTable
+from dsi.runtime.rope_table import RopeTable, identity, rope_rows
 
 # weights of the head from which oneDNN reads them faster than MKL, at one row as at sixteen: 2-core Zen 3 (AVX2) and
 # 2-core Zen 5 (AVX-512: 98 us against 309 us at 4096 x 256, 32 us against 54 us at 768 x 256), fp32
@@ -39,8 +40,7 @@ class Step:
 
     Args:
         decoders: the layers' `decode`, in order.
-        embed: ids [B, 1] -> [B, 1, E].
-        project_in: [B, 1, E] -> [B, 1, H], or None.
+        embed: what comes before the positions, in order, from ids [B, 1] to [B, 1, H].
         positions: the position embedding [N, H], or None.
         rope: (hidden states, positions) -> rotary terms, or None.
         tail: what comes after the layers, in order; the last gives logits [B, 1, vocab].
@@ -50,14 +50,13 @@ class Step:
         self,
         *,
         decoders: list[Callable[..., Tensor]],
-        embed: Op,
-        project_in: Op | None,
+        embed: list[Op],
         positions: Tensor | None,
         rope: Callable[[Tensor, Tensor | int], Rope] | None,
         tail: list[Op],
     ) -> None:
-        self.decoders, self.embed, self.project_in = decoders, embed, project_in
-        self.positions, self.rope, self.tail = positions, rope, tail
+        self.decoders, self.embed, self.positions = decoders, embed, positions
+        self.rope, self.tail = rope, tail
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[PreallocatedLayer], mask: Tensor | None
@@ -68,11 +67,11 @@ class Step:
             token_ids: int64 [B, 1].
             positions: int64 [B, 1], or an int where all rows stand at the same position: that saves the gathers.
             cache: the cache's layers, in order; each grows by one position.
-            mask: None, or bool [B, 1, 1, T], True = attend; T counts the new position.
+            mask: of the layers' `decode`.
         """
-        hidden = self.embed(token_ids)
-        if self.project_in is not None:
-            hidden = self.project_in(hidden)
+        hidden = token_ids
+        for op in self.embed:
+            hidden = op(hidden)
         if self.positions is not None:
             hidden = hidden + _rows(self.positions, positions)
         rope = None if self.rope is None else self.rope(hidden, positions)
@@ -94,7 +93,12 @@ class DecodeRunner:
 
     def __init__(self, model: nn.Module, parts: CausalLM) -> None:
         self.model, self.parts = model, parts
+        self._forget()
+
+    def _forget(self) -> None:
         self.table = RopeTable()
+        # the layers' rotary tables that were last compared, and whether they are equal
+        self.compared: tuple[tuple[Any, ...], bool] = ((), True)
 
     @classmethod
     def build(cls, model: nn.Module, causal_lm: CausalLM) -> DecodeRunner:
@@ -106,8 +110,9 @@ class DecodeRunner:
         runner = cls(model, causal_lm)
         for path in runner._paths():
             runner._at(path)
-        if causal_lm.norm is not None and (norm := runner._at(causal_lm.norm.path)) is not None:
-            _check_norm(causal_lm.norm, norm)
+        for slot in (causal_lm.norm, causal_lm.embed_norm):
+            if slot is not None and (norm := runner._at(slot.path)) is not None:
+                _check_norm(slot, norm)
         return runner
 
     @property
@@ -117,13 +122,33 @@ class DecodeRunner:
 
     @property
     def learned_positions(self) -> int | None:
-        """How many positions the position embedding holds; None where the model has none."""
-        positions = self.parts.positions
-        return None if positions is None else self._at(positions.path).weight.shape[0] - positions.offset
+        """How many positions the position embedding, or the layers' rotary table, holds; None where there is none."""
+        positions, rows = self.parts.positions, self._own_rows()
+        if positions is None:
+            return None if rows is None else rows.shape[0]
+        return self._at(positions.path).weight.shape[0] - positions.offset
+
+    @property
+    def placed(self) -> bool:
+        """Whether a step needs to know at which positions its tokens stand."""
+        return self.parts.positions is not None or self.parts.rotary is not None or self._own_rows() is not None
 
     def obstacle(self) -> str:
         """Why steps would not do what the model's own forward does, as the model is now; "" where they do."""
-        return _context_obstacle() or self._module_obstacle()
+        return _context_obstacle() or self._module_obstacle() or self._table_obstacle()
+
+    def biases(self, mask: Tensor | None, capacity: int) -> AlibiSteps | None:
+        """What makes the additive mask of each step; None where a step takes the mask as it is.
+
+        Args:
+            mask: bool [B, 1, 1, capacity], True = attend, or None.
+            capacity: the longest text.
+        """
+        alibi = self.parts.alibi
+        if alibi is None:
+            return None
+        layer = self._at(self.parts.layers)[0]
+        return AlibiSteps(alibi, layer, mask, capacity, next(layer.parameters()).device)
 
     def bind(self, reach: int) -> Step:
         """The parts as they are now: weights may have been moved, cast, tied or resized, and modules exchanged.
@@ -132,13 +157,13 @@ class DecodeRunner:
             reach: the steps to come stay below this position.
         """
         parts = self.parts
-        tail = (self._norm(), self._linear(parts.project_out), _head(self._at(parts.head)))
+        embed = (_embedding(self._at(parts.embed)), self._linear(parts.project_in), self._norm(parts.embed_norm))
+        tail = (self._norm(parts.norm), self._linear(parts.project_out), _head(self._at(parts.head)))
         return Step(
             decoders=[layer.decode for layer in self._at(parts.layers)],
-            embed=_embedding(self._at(parts.embed)),
-            project_in=self._linear(parts.project_in),
+            embed=[op for op in embed if op is not None],
             positions=None if parts.positions is None else self._position_rows(parts.positions),
-            rope=None if parts.rotary is None else self._rope(parts.rotary, reach),
+            rope=self._own_rope(reach) if parts.rotary is None else self._rope(parts.rotary, reach),
             tail=[op for op in tail if op is not None],
         )
 
@@ -148,7 +173,8 @@ class DecodeRunner:
         parts = self.parts
         yield from (parts.embed, parts.layers, parts.head)
         yield from (path for path in (parts.project_in, parts.project_out) if path)
-        yield from (part.path for part in (parts.norm, parts.positions, parts.rotary) if part is not None)
+        places = (parts.norm, parts.embed_norm, parts.positions, parts.rotary)
+        yield from (part.path for part in places if part is not None)
 
     def _at(self, path: str) -> Any:
         """The submodule at `path`; None where the model sets it to None."""
@@ -181,8 +207,7 @@ class DecodeRunner:
         module = self._at(path) if path else None
         return None if module is None else _linear(module)
 
-    def _norm(self) -> Op | None:
-        slot = self.parts.norm
+    def _norm(self, slot: Norm | None) -> Op | None:
         module = None if slot is None else self._at(slot.path)
         if slot is None or module is None:
             return None
@@ -196,23 +221,46 @@ class DecodeRunner:
         return rows
 
     def _rope(self, rotary: Rotary, reach: int) -> Callable[[Tensor, Tensor | int], Rope]:
-        module = self._at(rotary.path)
+        module, pairs = self._at(rotary.path), self._at(self.parts.layers)[0].rope_pairs
         if getattr(module, "rope_type", None) in rotary.static_when:
-            return self.table.bind(module, reach)
-        return lambda hidden, positions: _computed(module, hidden, positions)
+            return self.table.bind(module, reach, pairs)
+        return lambda hidden, positions: _computed(module, hidden, positions, pairs=pairs)
+
+    # a rotary table that every layer has for itself
+
+    def _own_rows(self) -> Tensor | None:
+        layer = next(iter(self._at(self.parts.layers)), None)
+        return layer.rope_rows() if isinstance(layer, Container) else None
+
+    def _own_rope(self, reach: int) -> Callable[[Tensor, Tensor | int], Rope] | None:
+        rows = self._own_rows()
+        if rows is None:
+            return None
+        positions = torch.arange(min(reach, rows.shape[0]), device=rows.device)
+        table = self._at(self.parts.layers)[0].rope_at(positions[None])
+        return lambda _hidden, positions: rope_rows(table, positions)
+
+    def _table_obstacle(self) -> str:
+        tables = [rows for layer in self._at(self.parts.layers) if (rows := layer.rope_rows()) is not None]
+        key = tuple(map(identity, tables))
+        if key != self.compared[0]:
+            self.compared = key, all(torch.equal(rows, tables[0]) for rows in tables)
+        return "" if self.compared[1] else "the layers' rotary tables differ"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "parts": self.parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, table=RopeTable())
+        self.__dict__.update(state)
+        self._forget()
 
 
-def _computed(rotary: nn.Module, hidden: Tensor, positions: Tensor | int) -> Rope:
+def _computed(rotary: nn.Module, hidden: Tensor, positions: Tensor | int, *, pairs: bool) -> Rope:
     """Rotary terms as the model itself has them computed at each step."""
     if isinstance(positions, int):
         positions = torch.full((1, 1), positions, dtype=torch.long, device=hidden.device)
-    return Rope.of(*rotary(hidden, positions))
+    cos, sin = rotary(hidden, positions)
+    return Rope.of(cos, sin, pairs)
 
 
 def _check_norm(slot: Norm, module: nn.Module) -> None:

@@ -62,7 +62,7 @@ def _obstacle(session: Session, input_ids: Tensor, generation_config: Any, model
         return f"the cache has {len(cache.layers)} layers"
     if mask is not None and mask.dim() != 2:
         return f"a mask of {mask.dim()} dimensions"
-    if positions is None or positions.dim() != 2:
+    if session.runner.placed and (positions is None or positions.dim() != 2):
         return "position_ids are not [batch, length]"
     prompt = model_kwargs.get("inputs_embeds", input_ids)
     past, length = cache.get_seq_length(), prompt.shape[1]
@@ -99,11 +99,14 @@ class _Loop:
         self.cache = model_kwargs["past_key_values"]
         # a dynamic cache of the user's becomes preallocated in place: its owner sees what is generated
         preallocate_(self.cache, input_ids.shape[1] + min(self.new, RESERVE), session.runner.layers)
-        self.positions = self._first_position(model_kwargs["position_ids"], input_ids.shape[0])
+        self.positions = self._first_position(model_kwargs.get("position_ids"), input_ids.shape[0])
 
-    def _first_position(self, given: Tensor, rows: int) -> Tensor | int:
+    def _first_position(self, given: Tensor | None, rows: int) -> Tensor | int:
         """The position after the prompt: an int where it is the same for all rows, else int64 [B, 1]."""
         assert self.session.runner is not None
+        if given is None:
+            self.step = self.session.runner.bind(0)
+            return 0
         last = given[:, -1].tolist()
         self.step = self.session.runner.bind(max(last) + 1 + self.new)
         return last[0] + 1 if len(set(last)) == 1 else (given[:, -1:] + 1).expand(rows, 1).clone()
@@ -144,12 +147,17 @@ class _Loop:
         assert outputs.past_key_values is self.cache, "the model gave back another cache"
         self.layers: list[PreallocatedLayer] = self.cache.layers
         self.length = self.cache.get_seq_length()
+        assert self.session.runner is not None
         self.mask = _future_mask(self.inputs.get("attention_mask"), self.length + self.new)
+        self.biases = self.session.runner.biases(self.mask, self.length + self.new)
         return logits
 
     def _decode(self, tokens: Tensor) -> Tensor:
         self.length += 1
-        mask = None if self.mask is None else self.mask.narrow(3, 0, self.length)
+        if self.biases is not None:
+            mask: Tensor | None = self.biases(self.length)
+        else:
+            mask = None if self.mask is None else self.mask.narrow(3, 0, self.length)
         logits = self.step(tokens[:, None], self.positions, self.layers, mask)
         # in place for a tensor, whose memory is this loop's own
         self.positions += 1

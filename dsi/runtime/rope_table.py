@@ -24,20 +24,19 @@ class RopeTable:
         self._key: tuple[Any, ...] = ()
         self._rope: Rope | None = None
 
-    def bind(self, rotary: nn.Module, reach: int) -> Callable[[Tensor, Tensor | int], Rope]:
+    def bind(self, rotary: nn.Module, reach: int, pairs: bool = False) -> Callable[[Tensor, Tensor | int], Rope]:
         """A function of (hidden states, positions) that gives the terms of the positions, each [1 or B, 1, rotary_dim].
 
         Args:
             rotary: computes (cos, sin) from (hidden states, position ids).
             reach: positions given as a tensor are below this; an int may be any.
+            pairs: see `Rope`.
         """
-        source = (rotary, *map(_identity, rotary.buffers()))
+        source = (rotary, pairs, *map(identity, rotary.buffers()))
 
         def rows(hidden: Tensor, positions: Tensor | int) -> Rope:
-            if isinstance(positions, int):
-                cos, sin, signed = self._grown(source, hidden, positions + 1)
-                return Rope(cos.narrow(1, positions, 1), sin.narrow(1, positions, 1), signed.narrow(1, positions, 1))
-            return Rope(*(term[0][positions] for term in self._grown(source, hidden, reach)))
+            needed = positions + 1 if isinstance(positions, int) else reach
+            return rope_rows(self._grown(source, hidden, needed), positions)
 
         return rows
 
@@ -46,16 +45,25 @@ class RopeTable:
         key = (hidden.dtype, hidden.device, source)
         have = self._rope.cos.shape[1] if self._rope is not None and key == self._key else 0
         if self._rope is None or have < length:
-            self._rope = _terms(source[0], hidden, max(length, 2 * have, FIRST_POSITIONS))
+            self._rope = _terms(source[0], hidden, max(length, 2 * have, FIRST_POSITIONS), pairs=source[1])
             self._key = key
         return self._rope
 
 
-def _identity(buffer: Tensor) -> tuple[Any, ...]:
+def rope_rows(table: Rope, positions: Tensor | int) -> Rope:
+    """Terms of the positions, each [1 or B, 1, rotary_dim], from those of all positions."""
+    cos, sin, signed, pairs = table
+    if isinstance(positions, int):
+        at = (1, positions, 1)
+        return Rope(cos.narrow(*at), sin.narrow(*at), signed.narrow(*at), pairs)
+    return Rope(cos[0][positions], sin[0][positions], signed[0][positions], pairs)
+
+
+def identity(buffer: Tensor) -> tuple[Any, ...]:
     """Differs once the frequencies were cast, moved or written to."""
     return buffer.data_ptr(), buffer.dtype, 0 if buffer.is_inference() else buffer._version
 
 
-def _terms(rotary: nn.Module, hidden: Tensor, length: int) -> Rope:
+def _terms(rotary: nn.Module, hidden: Tensor, length: int, *, pairs: bool) -> Rope:
     cos, sin = rotary(hidden, torch.arange(length, device=hidden.device)[None])
-    return Rope.of(cos, sin)
+    return Rope.of(cos, sin, pairs)
