@@ -9,6 +9,8 @@
     |-- UnsupportedModelError    nothing of this model can be replaced (strict), or it cannot be optimized at all
     |-- InjectionError           a step of the injection failed; the model is what it was before
     |-- RestoreError             the original cannot be given back
+    |-- SplitError               a layer does not split over so many ranks, or its parts make no whole
+    |-- RankError                a rank died, is stuck, or the ranks disagree
     |-- InputError               a call's tensors do not fit the model; raised before anything runs
     `-- ProfilingError           a profile was asked for that was never started
 
@@ -28,7 +30,7 @@ class DsiError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message}\n  hint: {hint}" if hint else message)
-        self.hint = hint
+        self.message, self.hint = message, hint
 
 
 class ConfigError(DsiError, ValueError):
@@ -66,6 +68,14 @@ class InjectionError(DsiError):
 
 class RestoreError(DsiError):
     """The original model cannot be given back."""
+
+
+class SplitError(DsiError):
+    """A layer does not split over that many ranks, or the parts given do not make a whole."""
+
+
+class RankError(DsiError):
+    """Ranks that work together no longer do: one died, raised or is stuck, or they disagree."""
 
 
 class InputError(DsiError, ValueError):

@@ -19,9 +19,11 @@ import attrs
 from dsi import choice as choosing
 from dsi import plugins as loading
 from dsi.choice import Candidate, Choice, Rejected
+from dsi.discovery import BUILT_IN, Source, discover
 from dsi.errors import PluginError, UnknownPolicyError
-from dsi.plugins import BUILT_IN, Outcome, Record, Source
+from dsi.plugins import Outcome, Record
 from dsi.policy import API_VERSION, Block, Check, Container, Policy, Quantizer
+from dsi.shelf import KINDS, did_you_mean
 
 __all__ = ["Choice", "Record", "Registry", "Rejected"]
 
@@ -56,7 +58,7 @@ class Registry:
             PluginError: only under `DSI_STRICT_PLUGINS`, from the plugin's own error.
         """
         strict = environ.get("DSI_STRICT_PLUGINS", "0") not in ("", "0")
-        return _build(loading.load_all(loading.discover(), environ), strict=strict)
+        return _build(loading.load_all(discover(), environ), strict=strict)
 
     @classmethod
     def from_plugins(
@@ -144,9 +146,9 @@ class Registry:
     def _unknown(self, name: str) -> str:
         owner = next((one for one in self.records if one.name == name.partition(":")[0]), None)
         if owner is not None and owner.state != "loaded":
-            return f"no policy {name!r}: the plugin {owner.name} is {owner.state}: {owner.reason}"
+            return f"no policy {name!r}: the plugin {owner.name} is {owner.state}: {owner.why}"
         known = ", ".join(sorted(self.policies)) or "none"
-        return f"no policy {name!r}{loading.did_you_mean(name, self.policies)}; registered are: {known}"
+        return f"no policy {name!r}{did_you_mean(name, self.policies)}; registered are: {known}"
 
     def _is_built_in(self, full_name: str) -> bool:
         plugin = full_name.partition(":")[0]
@@ -170,7 +172,7 @@ def _build(outcomes: Iterable[Outcome], *, strict: bool) -> Registry:
         _raise_first(outcomes)
     shelves: dict[str, Any] = {
         kind: MappingProxyType({name: item for one in outcomes for name, item in one.shelves[kind].items()})
-        for kind in loading.KINDS
+        for kind in KINDS
     }
     return Registry(records=tuple(one.record for one in outcomes), **shelves)
 
@@ -180,7 +182,7 @@ def _raise_first(outcomes: Iterable[Outcome]) -> None:
     if not bad:
         return
     lines = [
-        f"plugin {r.name} ({r.distribution or '-'} {r.version or '-'}) is {r.state}: {r.reason}"
+        f"plugin {r.name} ({r.distribution or '-'} {r.version or '-'}) is {r.state}: {r.why}"
         for r in (one.record for one in bad)
     ]
     raise PluginError("\n".join(lines)) from next((one.error for one in bad if one.error is not None), None)

@@ -148,7 +148,8 @@ def test_plugins_as_text(capsys, monkeypatch):
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "acme          acme-dsi  loaded  acme:main"
     assert out.splitlines()[1].startswith("a-broken-one  -         broken  it does not say which plugin API")
-    assert len(out.splitlines()) == 2
+    assert out.splitlines()[2] == f"    => add the line DSI_API = {API_VERSION}"
+    assert len(out.splitlines()) == 3
 
 
 def test_plugins_as_json(capsys, plugins):

@@ -28,6 +28,7 @@ from dsi.policy import (
     hookimpl,
 )
 from dsi.registry import Choice, Registry
+from tests.support.site import forget_modules, put_distribution
 
 LAYER = "some.models:Layer"
 OTHER = "some.models:OtherLayer"
@@ -69,23 +70,13 @@ def install(tmp_path, monkeypatch):
     before = set(sys.modules)
 
     def put(distribution, modules, points=None, version="1.0", folder="site"):
-        site = tmp_path / folder
-        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        points = {name: name for name in modules} if points is None else points
-        lines = [f"{name} = {target}" for name, target in (points.items() if isinstance(points, dict) else points)]
-        (info / "entry_points.txt").write_text("\n".join(["[dsi]", *lines, ""]))
-        for name, source in modules.items():
-            (site / f"{name}.py").write_text(textwrap.dedent(source))
+        site = put_distribution(tmp_path / folder, distribution, modules, points, version)
         if str(site) not in sys.path:
             monkeypatch.syspath_prepend(str(site))
         return site
 
     yield put
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    forget_modules(tmp_path, before)
 
 
 def load(**environ):
@@ -150,8 +141,8 @@ BROKEN = {
     "exit": ("import sys\nsys.exit(3)", "SystemExit: 3"),
     "quiet_exit": ("raise SystemExit", "SystemExit"),
     "raise": ("raise ValueError('two\\nlines')", "ValueError: two lines"),
-    "no_api": (GOOD.replace("DSI_API = (1, 0)", ""), "add the line DSI_API = (1, 0)"),
-    "bad_api": (GOOD.replace("(1, 0)", "'1.0'"), "DSI_API is '1.0'; write DSI_API = (1, 0)"),
+    "no_api": (GOOD.replace("DSI_API = (1, 0)", ""), f"add the line DSI_API = {API_VERSION}"),
+    "bad_api": (GOOD.replace("(1, 0)", "'1.0'"), f"DSI_API is '1.0'; write DSI_API = {API_VERSION}"),
     "bool_api": (GOOD.replace("(1, 0)", "(True, 0)"), "DSI_API is (True, 0)"),
     "short_api": (GOOD.replace("(1, 0)", "(1,)"), "DSI_API is (1,)"),
     "no_hooks": ("DSI_API = (1, 0)", "it implements no hook; mark one of dsi_register_policies"),
@@ -207,8 +198,9 @@ def test_a_broken_plugin_is_named_and_harms_nobody(install, case):
     registry = load()
     found = record(registry, f"rotten_{case}")
     assert (found.state, found.distribution) == ("broken", "rotten")
-    assert reason in found.reason
-    assert "\n" not in found.reason
+    assert reason in found.why
+    assert found.mend
+    assert "\n" not in found.why
     assert found.policies == ()
     assert record(registry, "acme").state == "loaded"
     assert [name for name in registry.policies if name.startswith(("rotten", "acme"))] == ["acme:main"]
@@ -248,13 +240,19 @@ def test_an_interrupt_is_not_caught(install):
 
 
 @pytest.mark.parametrize(
-    ("api", "advice"), [((1, 1), "upgrade dsi"), ((2, 0), "upgrade dsi"), ((0, 0), "upgrade the plugin")], ids=str
+    ("api", "advice"),
+    [
+        ((API_VERSION[0], API_VERSION[1] + 1), "upgrade dsi"),
+        ((API_VERSION[0] + 1, 0), "upgrade dsi"),
+        ((API_VERSION[0] - 1, 9), "upgrade the plugin"),
+    ],
+    ids=["minor", "major", "older"],
 )
 def test_another_api_is_incompatible(install, api, advice):
     install("acme", {"acme": GOOD.replace("(1, 0)", str(api))})
     found = record(load(), "acme")
     assert found.state == "incompatible"
-    assert found.reason == f"it needs plugin API {api}, and dsi has {API_VERSION}; {advice}"
+    assert found.why == f"it needs plugin API {api}, and dsi has {API_VERSION}; {advice}"
 
 
 def test_an_entry_point_may_name_an_object(install):
@@ -275,7 +273,7 @@ def test_an_entry_point_may_name_an_object(install):
 def test_a_name_that_cannot_be_written_is_broken(name):
     registry = Registry.from_plugins({name: plugin(policy())})
     assert registry.records[0].state == "broken"
-    assert "rename the entry point" in registry.records[0].reason
+    assert registry.records[0].mend == "rename the entry point"
 
 
 def test_the_order_is_by_distribution_and_name(install):
@@ -292,7 +290,7 @@ def test_the_second_plugin_of_a_name_is_a_duplicate(install):
     assert record(registry, "acme", "loaded").distribution == "alpha"
     second = record(registry, "acme", "duplicate")
     assert second.distribution == "beta"
-    assert second.reason == "the name belongs to alpha 1.0; rename one entry point or uninstall one"
+    assert second.why == "the name belongs to alpha 1.0; rename one entry point or uninstall one"
     assert "beta_module" not in sys.modules
 
 
@@ -329,7 +327,7 @@ def test_two_installations_of_one_distribution_are_warned_of(install, versions):
     # the folder put on the path last comes first
     assert found.version == versions[1]
     assert re.match(rf"acme is installed 2 times \({versions[1]} in .*second, {versions[0]} in .*first\)", found.reason)
-    assert "uninstall the others" in found.reason
+    assert found.mend == "uninstall the others"
     assert record(registry, "acme", "duplicate").version == versions[0]
 
 
@@ -360,7 +358,7 @@ def test_metadata_that_cannot_be_read_is_named(install, tmp_path):
     assert record(registry, "acme").state == "loaded"
     reasons = [record(registry, folder.name, "broken").reason for folder in (bad, nameless)]
     assert reasons[0].startswith(f"{bad}: UnicodeDecodeError")
-    assert "no name or version; reinstall it" in reasons[1]
+    assert "no name or version" in reasons[1]
 
 
 # --- the environment ----------------------------------------------------------------------------------------------
