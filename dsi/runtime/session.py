@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 
 from dsi.config import InferenceConfig
+from dsi.policy import Policy
 
 if TYPE_CHECKING:
     from dsi.runtime.decode import DecodeRunner
@@ -67,7 +68,11 @@ class Session:
     prompt: Prompt | None = attrs.field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "prompt")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("lock", "prompt")}
+        if isinstance(self.config.injection_policy, Policy):
+            # a policy holds functions and read-only mappings, which cannot be copied, and was for the injection alone
+            state["config"] = attrs.evolve(self.config, injection_policy=None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock(), prompt=None)
