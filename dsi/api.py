@@ -14,6 +14,7 @@ from dsi.containers import Container
 from dsi.engine import InferenceEngine, attach_session
 from dsi.errors import InjectionError, UnsupportedModelError
 from dsi.inject import inject
+from dsi.parallel import Group
 from dsi.planner import Plan, make_plan
 from dsi.registry import Registry
 
@@ -61,13 +62,23 @@ def init_inference(model: nn.Module, config: ConfigSource = None, **kwargs: Any)
         raise InjectionError(f"{where} is optimized already", hint="call restore() on its engine first")
     made = make_plan(model, settings, Registry.load())
     _complain(made, settings)
+    return build(model, made, settings)
+
+
+def build(model: nn.Module, made: Plan, settings: InferenceConfig, group: Group | None = None) -> InferenceEngine:
+    """The engine of a plan that is made true.
+
+    Args:
+        model, made, settings: see `dsi.inject.inject`.
+        group: the ranks over which the layers are split.
+    """
     session = None
 
     def attach(injection: Any) -> None:
         nonlocal session
         session = attach_session(model, injection, settings)
 
-    injection = inject(model, made, settings, attach)
+    injection = inject(model, made, settings, attach, group)
     assert session is not None
     return InferenceEngine(model, injection, settings, session)
 

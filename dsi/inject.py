@@ -9,7 +9,7 @@ model is bitwise what it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from dsi.containers.linear import FusedLinear, Source, stack
 from dsi.containers.ops import NormOp
 from dsi.errors import InjectionError, RestoreError
 from dsi.fit import submodule
+from dsi.parallel import Group, LayerShard, ShardedContainer, SummedLinear, shard_layer, sharded_class, take
 from dsi.planner import BlockPlan, Plan, persistent_buffers
 from dsi.policy import Keep, Norm, Packed, Slot
 
@@ -101,12 +102,16 @@ class Injection:
         journal: what takes it back.
         residues: by parameter, what its cast lost; empty when it was not kept.
         containers: the layers now in the model, by path.
+        group: the ranks that the layers are split over, or None.
+        shards: this rank's part of each layer, by path; empty where nothing is split.
     """
 
     plan: Plan
     journal: Journal
     residues: Residues = attrs.field(factory=dict)
     containers: dict[str, Container] = attrs.field(factory=dict)
+    group: Group | None = None
+    shards: dict[str, LayerShard] = attrs.field(factory=dict)
     active: bool = True
 
     def undo(self) -> None:
@@ -118,6 +123,8 @@ class Injection:
         """
         if not self.active:
             return
+        if self.group is not None:
+            raise RestoreError(f"the original's weights are on {self.group.size} ranks, and this one has only its own")
         if not self.plan.restorable:
             raise RestoreError(
                 f"the cast {self.plan.dtype_before} -> {self.plan.dtype_after} cannot be undone bit for bit",
@@ -138,7 +145,11 @@ def _plain_mode() -> Iterator[None]:
 
 
 def inject(
-    model: nn.Module, plan: Plan, config: InferenceConfig, attach: Callable[[Injection], None] | None = None
+    model: nn.Module,
+    plan: Plan,
+    config: InferenceConfig,
+    attach: Callable[[Injection], None] | None = None,
+    group: Group | None = None,
 ) -> Injection:
     """Make a plan true.
 
@@ -147,11 +158,15 @@ def inject(
         plan: from `dsi.planner.make_plan`.
         config: the same as the plan's.
         attach: called last, to add steps of the layers above through `injection.journal`.
+        group: the ranks over which the layers are split; each keeps its part and gives up the rest, for good.
 
     Raises:
+        SplitError: a layer does not split over that many ranks; nothing is changed.
         InjectionError: a step failed; the model is bitwise what it was.
     """
     injection = Injection(plan=plan, journal=Journal())
+    if group is not None and group.size > 1:
+        injection.group, injection.shards = group, _shards(model, plan, group)
     residues = injection.residues
     try:
         with _plain_mode():
@@ -159,6 +174,9 @@ def inject(
             if attach is not None:
                 attach(injection)
             injection.residues = _kept(residues, plan, config)
+        if injection.group is not None:
+            # what could give the whole layers back holds them
+            injection.journal = Journal()
         return injection
     except BaseException as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -192,6 +210,18 @@ def _kept(residues: Residues, plan: Plan, config: InferenceConfig) -> Residues:
     }
 
 
+def _shards(model: nn.Module, plan: Plan, group: Group) -> dict[str, LayerShard]:
+    """This rank's part of every layer, by path."""
+    shards = {}
+    for planned in plan.blocks:
+        layer = submodule(model, planned.path, planned.path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        fit = planned.fit
+        every = shard_layer(planned.block, fit.container, fit.facts, shapes, group.size, planned.path)
+        shards[planned.path] = every[group.rank]
+    return shards
+
+
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +231,13 @@ def _replace(model: nn.Module, planned: BlockPlan, injection: Injection) -> None
     original = parent._modules[name]
     if original is None:
         raise InjectionError(f"{planned.path} is gone since the plan was made")
-    cls = fused_class(planned.fit.container, type(original))
-    use_triton = planned.ops == "triton"
-    container = cls(original, planned.fit.facts, planned.block.call, use_triton)
+    shard, facts = injection.shards.get(planned.path), planned.fit.facts
+    container_class = planned.fit.container if shard is None else sharded_class(planned.fit.container)
+    cls = fused_class(container_class, type(original))
+    use_triton = planned.ops != "aten"
+    container = cls(original, facts if shard is None else {**facts, **shard.facts}, planned.block.call, use_triton)
+    if isinstance(container, ShardedContainer) and shard is not None:
+        container.shard = shard
     container.model_config = planned.fit.config
     for place, slot in planned.block.slots.items():
         if isinstance(slot, Norm):
@@ -239,6 +273,8 @@ def _absorb_linear(container: Container, place: str, slot: Slot, injection: Inje
         for path in slot.sources()
         for name, parameter in submodule(container.original, path, place).named_parameters()
     }
+    if isinstance(container, ShardedContainer):
+        return _absorb_part(container, place, slot, injection, parameters)
     residues: dict[str, Residue] = {}
     casts: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -310,7 +346,43 @@ class _Absorption:
         return residue
 
 
-def _source(path: str, slot: Any, parameters: dict[str, nn.Parameter]) -> Source:
+def _absorb_part(
+    container: ShardedContainer, place: str, slot: Slot, injection: Injection, parameters: dict[str, nn.Parameter]
+) -> tuple[FusedLinear, Step]:
+    """As `_absorb_linear`, of this rank's part."""
+    group, shard, cast = injection.group, container.shard, injection.plan.cast
+    assert group is not None
+    parts = {
+        name: take(shard.pieces[name], parameter.data).to(cast or parameter.dtype)
+        for name, parameter in parameters.items()
+        if name in shard.pieces
+    }
+    sources = tuple(_source(path, slot, parts) for path in slot.sources())
+    permutation = _permutation(slot, container.facts)
+    weight, bias = stack(sources, permutation, parts)
+    if place in shard.sums:
+        fused: FusedLinear = SummedLinear(weight, bias, sources, group.all_reduce)
+    else:
+        fused = FusedLinear(weight, bias, sources, permutation, "aten")
+    absorption = _PartAbsorption(container, place, fused, injection, parameters, {})
+    return fused, Step(absorption.act, absorption.undo)
+
+
+class _PartAbsorption(_Absorption):
+    """One slot's part on its way into a container: what other ranks hold is kept here until the injection is done."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.whole = {name: parameter.data for name, parameter in self.parameters.items()}
+
+    def undo(self) -> None:
+        for name in sorted(self.gone):
+            self.parameters[name].data = self.whole[name]
+        self.gone.clear()
+        self.container._modules.pop(self.place, None)
+
+
+def _source(path: str, slot: Any, parameters: Mapping[str, Tensor]) -> Source:
     weight = parameters[f"{path}.weight"]
     rows = weight.shape[1] if slot.transposed else weight.shape[0]
     return Source(path=path, rows=rows, transposed=slot.transposed, bias=f"{path}.bias" in parameters)

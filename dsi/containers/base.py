@@ -101,6 +101,9 @@ class Container(nn.Module):
     SLOTS: ClassVar[Mapping[str, bool]] = {}
     FACTS: ClassVar[frozenset[str]] = frozenset()
     OPTIONAL_FACTS: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    # place -> what tensor parallelism cuts: "qkv", output rows of query, key and value heads; "heads", input columns of
+    # query heads; "units", output rows of hidden units; "units_in", input columns of hidden units
+    SHARDING: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     original: nn.Module
 

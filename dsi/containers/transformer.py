@@ -68,6 +68,10 @@ class TransformerLayer(Container):
         }
     )
 
+    SHARDING: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"qkv": "qkv", "out": "heads", "up": "units", "gate_up": "units", "down": "units_in"}
+    )
+
     @classmethod
     def check(cls, facts: Mapping[str, Any], slots: Mapping[str, Slot]) -> Refusal | None:
         activation = facts["activation"]
