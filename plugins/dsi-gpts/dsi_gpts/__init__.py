@@ -1,0 +1,1 @@
+"""dsi policies, one file a family; each file is a plugin of its own."""
