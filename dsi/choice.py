@@ -13,8 +13,10 @@ Two candidates left are an error that prints the line that settles it. Order of 
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal
 
@@ -140,23 +142,56 @@ def _supports(config: Any) -> _Stage:
     return stage
 
 
+_REPORT = "report it to the policy's author"
+
+
 def _refusal(candidate: Candidate, config: Any) -> Refusal | None:
+    """What `supports` answers to a copy of the config, so that whatever it does to it harms nobody."""
     try:
-        answer = candidate.policy.supports(config)
-    except AttributeError as error:
-        if error.name and error.obj is config:
-            return Refusal(reason=f"config has no attribute {error.name!r}")
-        return Refusal(reason=f"supports() raised AttributeError: {error}", hint="report it to the policy's author")
+        shown = copy.deepcopy(config)
     except Exception as error:
+        logger.debug("no copy of the config", exc_info=True)
+        return Refusal(reason=f"the config cannot be copied: {type(error).__name__}: {error}")
+    try:
+        answer = candidate.policy.supports(shown)
+    except AttributeError as error:
+        if error.name and error.obj is shown:
+            return Refusal(reason=f"config has no attribute {error.name!r}")
+        return Refusal(reason=f"supports() raised AttributeError: {error}", hint=_REPORT)
+    # also SystemExit: a question ends no host
+    except (Exception, SystemExit) as error:
         logger.debug("supports() of %s", candidate.full_name, exc_info=True)
-        reason = f"supports() raised {type(error).__name__}: {error}"
-        return Refusal(reason=reason, hint="report it to the policy's author")
-    if answer is None or isinstance(answer, Refusal):
-        return answer
-    return Refusal(
-        reason=f"supports() returned {answer!r}, which is no Refusal and not None",
-        hint="report it to the policy's author",
-    )
+        return Refusal(reason=f"supports() raised {type(error).__name__}: {error}", hint=_REPORT)
+    if answer is not None and not isinstance(answer, Refusal):
+        return Refusal(reason=f"supports() returned {answer!r}, which is no Refusal and not None", hint=_REPORT)
+    if changed := _changed(config, shown):
+        return Refusal(
+            reason=f"supports() changed the config ({', '.join(changed)}); it may only read it", hint=_REPORT
+        )
+    return answer
+
+
+def _changed(config: Any, shown: Any) -> list[str]:
+    """Names of the attributes in which a copy of the config is no longer what it was."""
+    before, after = (getattr(one, "__dict__", {}) for one in (config, shown))
+    gone = object()
+    names = sorted(before.keys() | after.keys())
+    return [name for name in names if _plain(before.get(name, gone)) != _plain(after.get(name, gone))]
+
+
+def _plain(value: Any) -> Any:
+    """`value` in a form that tells two apart: configs inside configs compare by what they hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return type(value).__name__, sorted(map(repr, value))
+    if isinstance(value, list | tuple):
+        return type(value).__name__, [_plain(item) for item in value]
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict) and not isinstance(value, type) and not callable(value):
+        return type(value).__qualname__, {key: _plain(item) for key, item in held.items()}
+    # the copy of an object has another address
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _replaces(candidates: Sequence[Candidate]) -> list[Rejected]:

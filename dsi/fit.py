@@ -88,8 +88,9 @@ def load_class(name: str) -> type[Container]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PolicyError(f"container {name!r} cannot be imported: {error}") from error
+    # it is a plugin's module that runs here, for the first time
+    except (Exception, SystemExit) as error:
+        raise PolicyError(f"container {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Container)):
         raise PolicyError(f"container {name!r} is {found!r}, not a subclass of dsi.containers.Container")
     return found
@@ -121,10 +122,22 @@ def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool
     facts = _read_facts(block, container, layer, config, where)
     if isinstance(facts, Reason):
         return facts
-    refusal: Refusal | None = container.check(facts, block.slots)
+    refusal = _checked(container, facts, block, where)
     if refusal is not None:
         return Reason("refused", f"{refusal.reason}. {refusal.hint}".strip())
     return Fit(container=container, facts=facts, config=config)
+
+
+def _checked(container: type[Container], facts: Mapping[str, Any], block: Block, where: str) -> Refusal | None:
+    try:
+        # a copy of the facts, so that a check which changes them changes nothing
+        answer: Any = container.check(dict(facts), block.slots)
+    except (Exception, SystemExit) as error:
+        found = f"check() of {block.container} raised {type(error).__name__}: {error}"
+        raise PolicyError(f"{where}: {found}") from error
+    if answer is not None and not isinstance(answer, Refusal):
+        raise PolicyError(f"{where}: check() of {block.container} returned {answer!r}, no Refusal and not None")
+    return answer
 
 
 # --- what stands in the way -------------------------------------------------------------------------------------------

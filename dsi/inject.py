@@ -28,6 +28,7 @@ from dsi.fit import submodule
 from dsi.parallel import Group, LayerShard, ShardedContainer, SummedLinear, shard_layer, sharded_class, take
 from dsi.planner import BlockPlan, Plan, persistent_buffers
 from dsi.policy import Keep, Norm, Packed, Slot
+from dsi.structure import Structure
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class Injection:
         containers: the layers now in the model, by path.
         group: the ranks that the layers are split over, or None.
         shards: this rank's part of each layer, by path; empty where nothing is split.
+        active: it has not been taken back.
+        at: the layer that is being replaced, in words.
     """
 
     plan: Plan
@@ -113,6 +116,7 @@ class Injection:
     group: Group | None = None
     shards: dict[str, LayerShard] = attrs.field(factory=dict)
     active: bool = True
+    at: str = ""
 
     def undo(self) -> None:
         """Give the original model back.
@@ -165,6 +169,8 @@ def inject(
         InjectionError: a step failed; the model is bitwise what it was.
     """
     injection = Injection(plan=plan, journal=Journal())
+    # a plugin's container may do to the stock layers what no step knows of
+    before = Structure.of(model)
     if group is not None and group.size > 1:
         injection.group, injection.shards = group, _shards(model, plan, group)
     residues = injection.residues
@@ -185,16 +191,27 @@ def inject(
         injection.residues = residues
         step = len(injection.journal) + 1
         with _plain_mode():
-            injection.journal.undo()
-        if isinstance(error, Exception):
-            raise InjectionError(f"step {step} failed; the model is what it was before: {error!r}") from error
+            _take_back(before, injection)
+        # also SystemExit: a container ends no host
+        if isinstance(error, Exception | SystemExit):
+            what = f"step {step} failed; the model is what it was before: {error!r}"
+            raise InjectionError(what, hint=injection.at) from error
         raise
+
+
+def _take_back(before: Structure, injection: Injection) -> None:
+    try:
+        before.put_back_()
+    finally:
+        injection.journal.undo()
 
 
 def _run_steps(model: nn.Module, injection: Injection) -> None:
     injection.journal.do(_drop_attribute(model, "_compiled_call"))
     for block in injection.plan.blocks:
+        injection.at = f"it was {block.container} that was to replace {block.path}, by the policy {block.policy}"
         _replace(model, block, injection)
+    injection.at = ""
     if injection.plan.cast is not None:
         _cast_rest(model, injection)
 

@@ -19,10 +19,11 @@ from dsi.containers.base import Container
 from dsi.containers.casting import is_lossless
 from dsi.containers.linear import choose_form
 from dsi.containers.ops import choose_ops
-from dsi.errors import ConfigError, UnsupportedModelError
+from dsi.errors import ConfigError, PolicyError, UnsupportedModelError
 from dsi.fit import Fit, Reason, class_name, fit, submodule
 from dsi.policy import Block, CausalLM, Keep, Norm, Policy
 from dsi.registry import Choice, Registry, Rejected
+from dsi.structure import Structure
 
 _FAST = "dsi's decode loop for greedy search and sampling, transformers' loop for every other mode"
 
@@ -205,7 +206,31 @@ def make_plan(model: nn.Module, config: InferenceConfig, registry: Registry, *, 
         )
     # a name that nobody registered is wrong also where it would have claimed nothing
     registry.resolve(config.injection_policy)
-    return _Planner(model, config, registry, assume_loaded).plan()
+    before = Structure.of(model)
+    planner = _Planner(model, config, registry, assume_loaded)
+    try:
+        return planner.plan()
+    finally:
+        _check_untouched(before, planner)
+
+
+def _check_untouched(before: Structure, planner: _Planner) -> None:
+    """Whoever was asked may have changed what it was asked about.
+
+    Raises:
+        PolicyError: the model is not what it was; everything but the values of tensors is put back.
+    """
+    changes = before.changes()
+    if not changes:
+        return
+    before.put_back_()
+    choices = planner.choices.values()
+    names = {choice.full_name for choice in choices} | {one.full_name for choice in choices for one in choice.rejected}
+    asked = ", ".join(sorted(names - {""})) or "none"
+    raise PolicyError(
+        f"the model was changed while it was planned ({', '.join(changes[:5])}); policies asked: {asked}",
+        hint="it is put back, values of tensors apart; a policy and a container's check may only read",
+    )
 
 
 class _Planner:
@@ -272,7 +297,7 @@ class _Planner:
                 words = "; ".join(f"{r.full_name}: {r.reason}" for r in choice.rejected)
                 reason = Reason("refused", words) if words else None
             else:
-                found = self._fit(choice.block, module, config, path)
+                found = self._fit(choice.block, module, config, path, choice.full_name)
                 if isinstance(found, Fit):
                     self.blocks.append(self._block(path, layer, module, choice, found))
                 else:
@@ -307,7 +332,7 @@ class _Planner:
             self.choices[key] = self.registry.choose(layer, config, self.config.injection_policy)
         return self.choices[key]
 
-    def _fit(self, block: Block, layer: nn.Module, config: Any, path: str) -> Fit | Reason:
+    def _fit(self, block: Block, layer: nn.Module, config: Any, path: str, name: str) -> Fit | Reason:
         if not path:
             return Reason("root", "the layer is the whole model; pass the model around it")
         if self.homes[id(layer)] > 1:
@@ -318,7 +343,10 @@ class _Planner:
         named = self.registry.containers.get(block.container)
         if named is not None:
             block = attrs.evolve(block, container=named.impl)
-        return fit(block, layer, config, path or "the model", loaded=not self.assume_loaded)
+        try:
+            return fit(block, layer, config, path or "the model", loaded=not self.assume_loaded)
+        except PolicyError as error:
+            raise PolicyError(f"policy {name}: {error.message}", hint=error.hint) from error
 
     def _block(self, path: str, layer: str, module: nn.Module, choice: Choice, found: Fit) -> BlockPlan:
         assert choice.block is not None
