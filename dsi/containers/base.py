@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import TABLES, AtenOps, NormOp, Rope, choose_ops
-from dsi.errors import UnsupportedModelError
+from dsi.errors import PolicyError, UnsupportedModelError
 from dsi.policy import Call, Refusal, RotaryTable, Slot
 
 try:
@@ -83,6 +83,10 @@ class _NoGradients(torch.autograd.Function):
             "no gradients flow through the fused layers of an optimized model",
             hint="call restore() on its engine before training, or run it under torch.no_grad()",
         )
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 class Container(nn.Module):
@@ -164,10 +168,21 @@ class Container(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 hidden = self.run(call)
+            self._check_shape(call.hidden, hidden)
             hidden = self._without_gradients(call.hidden, hidden)
         else:
             hidden = self.run(call)
+            self._check_shape(call.hidden, hidden)
         return (hidden, None) if self.call.returns == "tuple" else hidden
+
+    def _check_shape(self, hidden: Tensor, output: Any) -> None:
+        found = getattr(output, "shape", None)
+        if found != hidden.shape:
+            cls = type(self).container_class
+            raise PolicyError(
+                f"{cls.__module__}:{cls.__qualname__} gave {_shape(output)} for {_shape(hidden)}",
+                hint="engine.restore() brings the stock layers back; report it to the policy's author",
+            )
 
     def _without_gradients(self, source: Any, output: Any) -> Any:
         """`output`, which requires gradients where stock's would, and refuses to give any."""
