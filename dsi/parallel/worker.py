@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +49,7 @@ def _put(path: Path, text: bytes) -> None:
 
 
 def _die_with_caller() -> None:
-    # the other end of this pipe is the caller's: it closes when the caller dies, however that is
-    sys.stdin.buffer.read()
+    # the other end of this pipe is the caller's: it closes when the caller dies, however that is. Past sys.stdin, whose
+    # lock this thread would hold when the interpreter ends
+    os.read(0, 1)
     os._exit(1)
