@@ -2,7 +2,7 @@
 
     h = embed(ids) [-> project_in] [-> embed_norm] [+ positions]
     h = layer.decode(h) for each layer
-    logits = head([project_out] [norm] h)
+    logits = head([project_out] [norm] h) [, capped]
 
 A model's own forward spends, beside its layers, 0.2 to 0.4 ms of CPU a token on reading its config, building masks and
 collecting outputs. A step does none of that: what it needs is looked up once a `generate` call.
@@ -21,7 +21,7 @@ from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
 from dsi.containers.ops import NormOp, Rope
 from dsi.errors import PolicyError
-from dsi.policy import CausalLM, Norm, Positions, Rotary
+from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
 from dsi.runtime.alibi import AlibiSteps
 from dsi.runtime.kv_cache import PreallocatedLayer
 from dsi.runtime.rope_table import RopeTable, identity, rope_rows
@@ -77,7 +77,7 @@ class Step:
         rope = None if self.rope is None else self.rope(hidden, positions)
         hidden = hidden.squeeze(1)
         for decode, kv in zip(self.decoders, cache, strict=True):
-            hidden = decode(hidden, kv, rope, mask)
+            hidden = decode(hidden, kv, rope, mask if mask is None else kv.seen(mask))
         for op in self.tail:
             hidden = op(hidden)
         return hidden.float()
@@ -105,7 +105,8 @@ class DecodeRunner:
         """A runner of `model`, whose parts are where `causal_lm` says.
 
         Raises:
-            PolicyError: a path leads nowhere, or the norm is of another class than the policy names.
+            PolicyError: a path leads nowhere, the config has no such attribute, or a norm is of another class than the
+                policy names.
         """
         runner = cls(model, causal_lm)
         for path in runner._paths():
@@ -113,6 +114,9 @@ class DecodeRunner:
         for slot in (causal_lm.norm, causal_lm.embed_norm):
             if slot is not None and (norm := runner._at(slot.path)) is not None:
                 _check_norm(slot, norm)
+        for fact in (causal_lm.logit_cap, *causal_lm.overrides.values()):
+            if fact is not None:
+                _setting(fact, model)
         return runner
 
     @property
@@ -132,6 +136,15 @@ class DecodeRunner:
     def placed(self) -> bool:
         """Whether a step needs to know at which positions its tokens stand."""
         return self.parts.positions is not None or self.parts.rotary is not None or self._own_rows() is not None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer how many positions one sees, itself included; None for all before it."""
+        return tuple(layer.facts.get("window") for layer in self._at(self.parts.layers))
+
+    def own_methods(self) -> dict[str, int | None]:
+        """Generation's methods that the model's class may have of its own, and up to how many positions."""
+        return {name: _setting(fact, self.model) for name, fact in self.parts.overrides.items()}
 
     def obstacle(self) -> str:
         """Why steps would not do what the model's own forward does, as the model is now; "" where they do."""
@@ -158,7 +171,7 @@ class DecodeRunner:
         """
         parts = self.parts
         embed = (_embedding(self._at(parts.embed)), self._linear(parts.project_in), self._norm(parts.embed_norm))
-        tail = (self._norm(parts.norm), self._linear(parts.project_out), _head(self._at(parts.head)))
+        tail = (self._norm(parts.norm), self._linear(parts.project_out), _head(self._at(parts.head)), self._cap())
         return Step(
             decoders=[layer.decode for layer in self._at(parts.layers)],
             embed=[op for op in embed if op is not None],
@@ -216,6 +229,10 @@ class DecodeRunner:
         ops = self._at(self.parts.layers)[0].ops
         return lambda x: ops.norm(norm, x)
 
+    def _cap(self) -> Op | None:
+        cap: float | None = None if self.parts.logit_cap is None else _setting(self.parts.logit_cap, self.model)
+        return None if cap is None else lambda logits: torch.tanh(logits / cap) * cap
+
     def _position_rows(self, positions: Positions) -> Tensor:
         rows: Tensor = self._at(positions.path).weight[positions.offset :]
         return rows
@@ -261,6 +278,17 @@ def _computed(rotary: nn.Module, hidden: Tensor, positions: Tensor | int, *, pai
         positions = torch.full((1, 1), positions, dtype=torch.long, device=hidden.device)
     cos, sin = rotary(hidden, positions)
     return Rope.of(cos, sin, pairs)
+
+
+def _setting(fact: Config | Const, model: Any) -> Any:
+    if not isinstance(fact, Config):
+        return fact.value
+    try:
+        return getattr(model.config, fact.name)
+    except AttributeError:
+        raise PolicyError(
+            f"the config of {type(model).__name__} has no {fact.name!r}; correct CausalLM in the policy"
+        ) from None
 
 
 def _check_norm(slot: Norm, module: nn.Module) -> None:

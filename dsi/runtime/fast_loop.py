@@ -17,8 +17,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
-from dsi.runtime.route import cache_reason
+from dsi.runtime.route import cache_reason, window_reason
 from dsi.runtime.session import Route, Session, session_of
+from dsi.runtime.sliding_window import windows
 
 
 def fast_sample(
@@ -70,6 +71,16 @@ def _obstacle(session: Session, input_ids: Tensor, generation_config: Any, model
     # the prompt is the whole text or, beside a longer mask, what is new of it
     if not (past < length == seen or seen == past + length):
         return f"{past} positions in the cache, {length} given, and a mask of {seen}"
+    return window_reason(session.runner.windows, windows(cache)) or _own_method_obstacle(session, generation_config)
+
+
+def _own_method_obstacle(session: Session, generation_config: Any) -> str:
+    """Why the text may grow past what the model's own methods share with transformers', or ""."""
+    assert session.runner is not None
+    for name, limit in session.runner.own_methods().items():
+        # the last token is not fed
+        if limit is not None and generation_config.max_length - 1 > limit:
+            return f"the model's own {name} does more from {limit + 1} positions on"
     return ""
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dsi.containers.ops import Heads
 from dsi.errors import InputError
+from dsi.runtime.buffers import FIRST_CAPACITY, empty_as, moved
+from dsi.runtime.sliding_window import PreallocatedSlidingLayer
 
-# positions that a fresh layer has room for when nobody said how many will come
-FIRST_CAPACITY = 64
 # a request for a long text often ends early: at most this many new positions are set aside at first, the rest on demand
 RESERVE = 2048
 
@@ -107,9 +107,17 @@ class PreallocatedLayer(DynamicLayer):
         self._length = 0
         if self._sealed() or not (_alike(self._key_buffer, key_states) and _alike(self._value_buffer, value_states)):
             capacity = max(self.first_capacity, key_states.shape[2])
-            self._set_buffers(_empty(key_states, capacity), _empty(value_states, capacity))
+            self._set_buffers(empty_as(key_states, capacity), empty_as(value_states, capacity))
         self.is_initialized = True
         self._show()
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """What the position that was last appended sees, itself included: all keys and values."""
+        return self.keys, self.values
+
+    def seen(self, mask: Tensor) -> Tensor:
+        """Of a mask [B, 1, 1, T] over all positions, the next one last: the part that the next position sees."""
+        return mask
 
     def _tracked(self, keys: Tensor, values: Tensor) -> bool:
         return any(one is not None and one.requires_grad for one in (keys, values, self.keys, self.values))
@@ -141,12 +149,12 @@ class PreallocatedLayer(DynamicLayer):
         """Somebody assigned `keys` and `values`, and may hold them still: copy them to buffers with room for more."""
         self._length = self.keys.shape[2]
         capacity = max(self._length + more, 2 * self._length, self.first_capacity)
-        self._set_buffers(_moved(self.keys, self._length, capacity), _moved(self.values, self._length, capacity))
+        self._set_buffers(moved(self.keys, self._length, capacity), moved(self.values, self._length, capacity))
 
     def _grow(self, needed: int) -> None:
         length = self._length
         capacity = max(needed, 2 * self.capacity) if needed > self.capacity else self.capacity
-        self._set_buffers(_moved(self._key_buffer, length, capacity), _moved(self._value_buffer, length, capacity))
+        self._set_buffers(moved(self._key_buffer, length, capacity), moved(self._value_buffer, length, capacity))
 
     def _set_buffers(self, keys: Tensor, values: Tensor) -> None:
         self._key_buffer, self._value_buffer = keys, values
@@ -223,22 +231,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return same_rows and one.dtype == other.dtype and one.device == other.device
 
 
-def _moved(buffer: Tensor, length: int, capacity: int) -> Tensor:
-    """A larger buffer with the first `length` positions of `buffer`."""
-    new = _empty(buffer, capacity)
-    new.narrow(2, 0, length).copy_(buffer.narrow(2, 0, length))
-    return new
-
-
-def _empty(like: Tensor, capacity: int) -> Tensor:
-    batch, heads, _, width = like.shape
-    return torch.empty(batch, heads, capacity, width, dtype=like.dtype, device=like.device)
-
-
 class PreallocatedCache(DynamicCache):
-    """A `DynamicCache` whose full-attention layers are preallocated.
+    """A `DynamicCache` whose attention layers, full or with a sliding window, are preallocated.
 
-    Layers of other kinds (sliding windows, state-space layers) are what transformers makes for the config.
+    Layers of other kinds (state-space layers) are what transformers makes for the config.
 
     Args:
         ddp_cache_data: as in `DynamicCache`: for each layer its keys and values.
@@ -266,7 +262,7 @@ class PreallocatedCache(DynamicCache):
 
 
 def preallocate_(cache: DynamicCache, capacity: int, layers: int = 0) -> None:
-    """Exchange the plain dynamic layers of `cache` for preallocated ones that hold the same keys and values.
+    """Exchange the dynamic layers of `cache` for preallocated ones that hold the same keys and values.
 
     Args:
         cache: changed in place, so that whoever holds it sees what is generated.
@@ -276,6 +272,8 @@ def preallocate_(cache: DynamicCache, capacity: int, layers: int = 0) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = _preallocated(layer, capacity)
+        elif type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
+            cache.layers[index] = PreallocatedSlidingLayer.of(layer, capacity)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = functools.partial(PreallocatedLayer, capacity)
         cache.layers.extend(PreallocatedLayer(capacity) for _ in range(len(cache.layers), layers))

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 from dsi.runtime.session import Route, Session
+from dsi.runtime.sliding_window import PreallocatedSlidingLayer, windows_of
 
 # arguments of generate() and of the model that both loops treat alike
 _SHARED_ARGUMENTS = frozenset(
@@ -68,6 +69,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
+
+# layers of a cache that dsi's loop writes to, or exchanges for such
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, PreallocatedSlidingLayer)
 
 # steps of the loop that dsi's own does without asking the class
 _LOOP_METHODS = (
@@ -117,10 +121,10 @@ def choose_route(model: Any, session: Session, given: Mapping[str, Any]) -> Rout
     reason = (
         _runner_reason(session)
         or ("the model is an encoder-decoder" if model.config.is_encoder_decoder else "")
-        or _class_reason(type(model))
+        or _class_reason(type(model), session)
         or _argument_reason(model, given)
         or _setting_reason(Settings(model, given))
-        or cache_reason(given.get("past_key_values"))
+        or _brought_cache_reason(model, session, given.get("past_key_values"))
     )
     return Route(not reason, reason)
 
@@ -131,9 +135,11 @@ def _runner_reason(session: Session) -> str:
     return session.runner.obstacle()
 
 
-def _class_reason(cls: type) -> str:
+def _class_reason(cls: type, session: Session) -> str:
+    assert session.runner is not None
+    known = session.runner.own_methods()
     for name in _LOOP_METHODS:
-        if getattr(cls, name, None) is not getattr(GenerationMixin, name, None):
+        if name not in known and getattr(cls, name, None) is not getattr(GenerationMixin, name, None):
             return f"the model's class has a {name} of its own"
     return ""
 
@@ -175,8 +181,36 @@ def cache_reason(cache: Any) -> str:
         return ""
     if type(cache) not in (DynamicCache, PreallocatedCache) or cache.offloading:
         return f"a {type(cache).__name__} is given"
-    strange = [layer for layer in cache.layers if type(layer) not in (DynamicLayer, PreallocatedLayer)]
-    return f"the cache has a {type(strange[0]).__name__}" if strange else ""
+    return next((reason for layer in cache.layers if (reason := _layer_reason(layer))), "")
+
+
+def _layer_reason(layer: Any) -> str:
+    if type(layer) not in _LAYERS:
+        return f"the cache has a {type(layer).__name__}"
+    if getattr(layer, "record_past", False):
+        return "the cache keeps its past for a rollback"
+    # transformers keeps all positions for a window of one
+    return "a sliding window of 1" if getattr(layer, "sliding_window", 2) < 2 else ""
+
+
+def window_reason(wanted: tuple[int | None, ...], kept: tuple[int | None, ...]) -> str:
+    """Why layers with these windows cannot read from a cache with those, or ""."""
+    kept = kept or (None,) * len(wanted)
+    if len(wanted) != len(kept):
+        return f"the model has {len(wanted)} layers, and its cache {len(kept)}"
+    for index, (one, other) in enumerate(zip(wanted, kept, strict=True)):
+        if one != other:
+            sees, keeps = (f"{n} positions" if n else "all positions" for n in (one, other))
+            return f"layer {index} sees {sees}, and its cache keeps {keeps}"
+    return ""
+
+
+def _brought_cache_reason(model: Any, session: Session, cache: Any) -> str:
+    """Beside `cache_reason`: whoever made the cache may not have known the config, so the policy is held to it."""
+    assert session.runner is not None
+    if cache is None:
+        return ""
+    return cache_reason(cache) or window_reason(session.runner.windows, windows_of(model.config))
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dsi.containers.ops import Heads
 from dsi.errors import InputError
-from dsi.runtime import PreallocatedCache, PreallocatedLayer, kv_cache
+from dsi.runtime import PreallocatedCache, PreallocatedLayer, buffers, kv_cache
+from dsi.runtime.sliding_window import PreallocatedSlidingLayer
 from tests.support.models import tiny_config
 
 HEADS, WIDTH = 2, 3
@@ -22,8 +23,9 @@ HEADS, WIDTH = 2, 3
 @pytest.fixture(autouse=True)
 def born_nan(monkeypatch):
     """Memory that nobody wrote shows in whatever is read from it."""
-    original = kv_cache._empty
-    monkeypatch.setattr(kv_cache, "_empty", lambda like, capacity: original(like, capacity).fill_(float("nan")))
+    original = buffers.empty_as
+    for module in (buffers, kv_cache):
+        monkeypatch.setattr(module, "empty_as", lambda like, capacity: original(like, capacity).fill_(float("nan")))
 
 
 def new(batch, length=1):
@@ -311,11 +313,21 @@ def test_a_copy_is_independent():
         assert torch.equal(copied.layers[1].keys[:, :, :5], cache.layers[1].keys)
 
 
-def test_layers_of_other_kinds_stay_what_they_are():
+def test_layers_with_a_window_have_their_own_kind():
     config = tiny_config("llama")
     config.layer_types, config.sliding_window = ["full_attention", "sliding_attention"], 4
     cache = filled(PreallocatedCache(config=config))
-    assert [type(layer) for layer in cache.layers] == [PreallocatedLayer, DynamicSlidingWindowLayer]
+    assert [type(layer) for layer in cache.layers] == [PreallocatedLayer, PreallocatedSlidingLayer]
+
+
+def test_layers_of_other_kinds_stay_what_they_are():
+    class Other(DynamicSlidingWindowLayer):
+        pass
+
+    cache = DynamicCache()
+    cache.layers = [Other(4), DynamicSlidingWindowLayer(1)]
+    kv_cache.preallocate_(cache, 16)
+    assert [type(layer) for layer in cache.layers] == [Other, DynamicSlidingWindowLayer]
 
 
 def test_a_cache_takes_the_place_of_another():
