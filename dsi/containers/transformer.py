@@ -93,6 +93,8 @@ class TransformerLayer(Container):
         self.kind = KIND_OF_NAME.get(facts["activation"], "")
         self.pre_norm = bool(facts["pre_norm"])
         self.parallel = bool(facts["parallel"])
+        # of a parallel layer that is split over ranks: both halves are summed at once
+        self.one_sum = False
         self.repeat = self.shape.heads // self.shape.kv_heads if facts["repeat_kv"] else 1
         self.add_to_normed = bool(facts["add_to_normed"])
         self.sandwich = "norm_attn_out" in places
@@ -151,6 +153,8 @@ class TransformerLayer(Container):
         ops, out = self.ops, places["out"]
         if self.parallel:
             normed = ops.norm(places["norm_mlp"], hidden) if "norm_mlp" in places else normed
+            if self.one_sum:
+                return places["down"].add_summands(self._expand(normed), out.summand(attended)).add_(hidden)
             return self._mlp_add(normed, out.add(attended, hidden))
         if self.sandwich:
             hidden = ops.norm(places["norm_attn_out"], out.forward(attended)).add_(hidden)

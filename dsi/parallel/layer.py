@@ -22,6 +22,10 @@ class ShardedContainer(Container):
 
     shard: LayerShard
 
+    def finish(self) -> None:
+        super().finish()
+        self.one_sum = bool(self.facts.get("parallel")) and {"out", "down"} <= self.shard.sums
+
     def own_heads(self, x: Tensor | None) -> Tensor | None:
         """Of [B, heads of all ranks, ...] this rank's; what is the same for every head, or None, as it is."""
         heads = self.shard.facts.get("heads")

@@ -27,6 +27,14 @@ class SummedLinear(FusedLinear):
         super().__init__(weight, bias, sources)
         self.reduce = reduce
 
+    def summand(self, x: Tensor) -> Tensor:
+        """[..., K / ranks] -> [..., N], this rank's product alone."""
+        return super().forward(x)
+
+    def add_summands(self, x: Tensor, other: Tensor) -> Tensor:
+        """All ranks' `summand(x) + other` together."""
+        return self.reduce(super().forward(x).add_(other))
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K / ranks] -> [..., N], all ranks' products together."""
         return self.reduce(super().forward(x))
