@@ -73,6 +73,12 @@ class Record:
         """The reason and its mend, as one line."""
         return "; ".join(part for part in (self.reason, self.mend) if part)
 
+    def warned(self, *warnings: tuple[str, str] | None) -> Record:
+        """The same with more warnings: what was found, and what would do."""
+        found = [(self.reason, self.mend), *(one for one in warnings if one is not None)]
+        reason, mend = ("; ".join(part for part in parts if part) for parts in zip(*found, strict=True))
+        return attrs.evolve(self, reason=reason, mend=mend)
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Outcome:
@@ -171,15 +177,8 @@ def load_one(source: Source) -> Outcome:
             hint="change nothing that is not the plugin's own: a container may compute as it likes",
         )
         return Outcome(record=_record(source, "broken", error.message, error.hint), error=error, traces=traces)
-    return attrs.evolve(outcome, record=_with_complaints(outcome.record, traces), traces=traces)
-
-
-def _with_complaints(record: Record, traces: Traces) -> Record:
-    if record.state != "loaded":
-        return record
-    found = [(record.reason, record.mend), *traces.complaints()]
-    reason, mend = ("; ".join(part for part in parts if part) for parts in zip(*found, strict=True))
-    return attrs.evolve(record, reason=reason, mend=mend)
+    warned = outcome.record.warned(*traces.complaints()) if outcome.record.state == "loaded" else outcome.record
+    return attrs.evolve(outcome, record=warned, traces=traces)
 
 
 def _load(source: Source) -> Outcome:

@@ -6,11 +6,12 @@ A registry is an instance and is passed in; two of them never meet. `dsi.plugins
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, MappingProxyType
 from typing import Any
 
@@ -174,7 +175,33 @@ def _build(outcomes: Iterable[Outcome], *, strict: bool) -> Registry:
         kind: MappingProxyType({name: item for one in outcomes for name, item in one.shelves[kind].items()})
         for kind in KINDS
     }
-    return Registry(records=tuple(one.record for one in outcomes), **shelves)
+    contests = _contests(outcomes)
+    records = (one.record for one in outcomes)
+    # a duplicate has the name of a plugin that was loaded, and claims nothing
+    warned = (one.warned(contests.get(one.name)) if one.state == "loaded" else one for one in records)
+    return Registry(records=tuple(warned), **shelves)
+
+
+def _contests(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, str]]:
+    """By plugin: with whom it would tie over a layer class, and what settles that; dsi's own are not to blame."""
+    claims: dict[str, list[tuple[Record, str, Policy]]] = {}
+    for layer, claim in _claims(outcomes):
+        claims.setdefault(layer, []).append(claim)
+    found = {}
+    for layer, ones in claims.items():
+        for (record, name, policy), (other, rival, against) in itertools.permutations(ones, 2):
+            settled = rival in policy.replaces or name in against.replaces or policy.priority != against.priority
+            if not settled and record.name != other.name and record.distribution != BUILT_IN:
+                reason = f"{name} and {rival} both claim {layer}; where both apply, neither is chosen"
+                found[record.name] = reason, f'settle it with injection_policy="{name}" or replaces=("{rival}",)'
+    return found
+
+
+def _claims(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, tuple[Record, str, Policy]]]:
+    for outcome in outcomes:
+        for full_name, policy in outcome.shelves["policies"].items():
+            if isinstance(policy, Policy):
+                yield from ((block.layer, (outcome.record, full_name, policy)) for block in policy.blocks)
 
 
 def _raise_first(outcomes: Iterable[Outcome]) -> None:

@@ -385,7 +385,7 @@ def test_the_environment_chooses(three, environ, states, reason):
     registry = load(**environ)
     found = [record(registry, f"acme_{letter}") for letter in "abc"]
     assert [one.state for one in found] == states.split()
-    assert found[0].reason == reason
+    assert found[0].reason.startswith(reason)
 
 
 def test_a_disabled_plugin_is_not_imported(three):
