@@ -15,8 +15,7 @@ nothing heavy. This module imports attrs and pluggy alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -31,8 +30,27 @@ hookimpl = pluggy.HookimplMarker("dsi")
 Split = Literal["column", "row", "none"]
 
 
+class _ReadOnly(Mapping[str, Any]):
+    """A mapping that nobody changes; unlike a proxy it can be copied and pickled with what has it."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._items = dict(given)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
 def _read_only(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    return MappingProxyType(dict(mapping))
+    return _ReadOnly(mapping)
 
 
 # typed on their own: a type checker cannot read the element type through `converter=tuple`
