@@ -1,0 +1,44 @@
+"""Are hidden states and attentions recorded as stock records them?"""
+
+from __future__ import annotations
+
+from dsi.testing.compare import check_same, distance, tensors
+from dsi.testing.report import Failed, Outcome, absent, passed
+from dsi.testing.subject import Subject
+
+
+def hidden_states(subject: Subject) -> Outcome:
+    """`output_hidden_states=True`: all of them, of every layer; and nothing else changes."""
+    pair = subject.twins()
+    inputs = subject.inputs(2, 6)
+    found, wanted = subject.both(pair, inputs, output_hidden_states=True)
+    worst = check_same(
+        found,
+        wanted,
+        subject.tolerances.fp32,
+        what="output_hidden_states=True",
+        mend="a container is an instance of the stock layer's class and keeps its hook tables; it returns the hidden "
+        "states as stock does",
+    )
+    return passed("hidden states equal stock's", measured=worst, allowed=subject.tolerances.fp32)
+
+
+def attentions(subject: Subject) -> Outcome:
+    """`output_attentions=True` on an eager model: the weights of every layer; the next call is fused again."""
+    pair = subject.twins(attention="eager")
+    inputs = subject.inputs(2, 6, "ragged")
+    found, wanted = subject.both(pair, inputs, output_attentions=True)
+    if not any("attentions" in name for name, _ in tensors(wanted)):
+        return absent("the stock model records no attentions")
+    mend = "where attentions are wanted a container runs the stock layer"
+    worst = check_same(found, wanted, subject.tolerances.fp32, what="output_attentions=True", mend=mend)
+    before = pair.calls()[1]
+    again, _ = distance(*subject.both(pair, inputs))
+    if pair.calls()[1] != before or not again <= subject.tolerances.fp32:
+        raise Failed(
+            "the call after output_attentions=True",
+            measured=f"{pair.calls()[1] - before} stock calls, distance {again:.2g}",
+            allowed=f"0 stock calls, {subject.tolerances.fp32}",
+            mend="what is put back for a call is taken out again after it",
+        )
+    return passed("attentions equal stock's", measured=worst, allowed=subject.tolerances.fp32)

@@ -1,0 +1,106 @@
+"""Does the optimized model follow casts, moves and captures?"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from dsi.testing.compare import check_same, forward, tensors
+from dsi.testing.report import Failed, Outcome, not_run, passed
+from dsi.testing.subject import Subject
+
+_NO_CUDA = "no CUDA"
+_CAST = "keep no tensor of the old dtype or device: register it, or make it anew in finish()"
+
+
+def dtype_moves(subject: Subject) -> Outcome:
+    """`.to(bfloat16)`, `.half()` and back: as accurate as stock cast the same way."""
+    pair = subject.fresh_twins()
+    stock = copy.deepcopy(pair.stock)
+    inputs = subject.inputs(3, 7)
+    exact = forward(pair.stock, inputs)
+    for dtype in (torch.bfloat16, torch.float16):
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        found, wanted = forward(pair.model.to(dtype), given), forward(stock.to(dtype), given)
+        ours, theirs = _error(found, exact), _error(wanted, exact)
+        dtypes = [{t.dtype for _, t in tensors(one)} for one in (found, wanted)]
+        # the weights are rounded anew by each cast, so one draw decides: no more than half over stock's own
+        if dtypes[0] != dtypes[1] or not ours <= 1.5 * theirs:
+            raise Failed(
+                f"a forward after .to({dtype})",
+                measured=f"{ours:.2g}, {dtypes[0]}",
+                allowed=f"{1.5 * theirs:.2g}, {dtypes[1]}",
+                mend=_CAST,
+            )
+    given = forward(pair.model.float(), inputs)
+    worst = check_same(
+        given, forward(stock.float(), inputs), subject.tolerances.fp32, what="a forward back in fp32", mend=_CAST
+    )
+    return passed("casts and the cast back equal stock's", measured=worst, allowed=subject.tolerances.fp32)
+
+
+def _error(found: Any, exact: Any) -> float:
+    pairs = list(zip(tensors(found), tensors(exact), strict=True))
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for (_, a), (_, b) in pairs)
+
+
+def device_moves(subject: Subject) -> Outcome:
+    """To CUDA and back."""
+    if not torch.cuda.is_available():
+        return not_run(_NO_CUDA)
+    pair = subject.fresh_twins()
+    inputs = subject.inputs(3, 7)
+    wanted = forward(pair.model, inputs)
+    model = pair.model.to("cuda")
+    stray = [name for name, tensor in model.state_dict().items() if tensor.device.type != "cuda"]
+    if stray:
+        raise Failed("after .to('cuda')", measured=", ".join(stray[:3]), allowed="all on cuda", mend=_CAST)
+    there = forward(model, {name: value.cuda() for name, value in inputs.items()})
+    stock = forward(copy.deepcopy(pair.stock).cuda(), {name: value.cuda() for name, value in inputs.items()})
+    worst = check_same(there, stock, _CUDA_FP32, what="a forward on CUDA", mend=_CAST)
+    check_same(forward(model.to("cpu"), inputs), wanted, 0.0, what="a forward back on the CPU", mend=_CAST)
+    return passed("a move to CUDA and back equals stock", measured=worst, allowed=_CUDA_FP32)
+
+
+# sums in another order, and fp32 products on tensor cores are off by default
+_CUDA_FP32 = 1e-4
+
+
+def cuda_graph_replay(subject: Subject) -> Outcome:
+    """A captured forward, replayed on new inputs, gives what an eager one gives."""
+    if not torch.cuda.is_available():
+        return not_run(_NO_CUDA)
+    model = subject.fresh_twins().model.to("cuda")
+    static = {name: value.cuda() for name, value in subject.inputs(2, 8, seed=0).items()}
+    # the capture records what a layer launches; without a cache nothing of a sequence outlives the call
+    options = {"use_cache": False} if subject.decodes else {}
+    graph, output = _capture(model, static, options)
+    for seed in (1, 2):
+        inputs = {name: value.cuda() for name, value in subject.inputs(2, 8, seed=seed).items()}
+        for name, value in inputs.items():
+            static[name].copy_(value)
+        graph.replay()
+        check_same(
+            output,
+            forward(model, inputs, **options),
+            subject.tolerances.fp32,
+            what=f"a replay on new inputs, seed {seed}",
+            mend="read nothing back to the host, and branch on no value: what is captured is what runs",
+        )
+    return passed("replays equal eager calls on new inputs", measured=2, allowed=2)
+
+
+def _capture(model: Any, static: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(**static, **options)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(**static, **options)
+    return graph, output

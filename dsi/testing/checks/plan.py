@@ -1,0 +1,189 @@
+"""Does the policy describe the layer, and does the plan tell the truth?"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dsi.config import load_config
+from dsi.containers.linear import FusedLinear
+from dsi.containers.ops import NormOp
+from dsi.fit import class_name
+from dsi.planner import BlockPlan, SlotPlan, make_plan
+from dsi.policy import Block
+from dsi.testing.compare import check_same, forward
+from dsi.testing.report import Failed, Outcome, failed, passed
+from dsi.testing.subject import Subject
+
+
+def applies(subject: Subject) -> Outcome:
+    """The policy can be applied: every layer of the classes that it claims is replaced."""
+    if subject.fault:
+        return failed(
+            f"the policy cannot be applied: {' '.join(subject.fault.split())}",
+            measured="nothing replaced, or something left",
+            allowed="every claimed layer replaced",
+            mend="correct the policy, or the config where it is a variant that the policy refuses",
+        )
+    return passed(f"{len(subject.plan.blocks)} layers are replaced")
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def parameters_once(subject: Subject) -> Outcome:
+    """Every parameter of a layer feeds one slot or is ignored by name, and what is ignored takes no part."""
+    layers = list(subject.layers(subject.stock()))
+    for path, layer, block in layers:
+        faults = list(_uncounted(layer, block))
+        if faults:
+            raise Failed(
+                f"{path}: {'; '.join(faults)}",
+                measured=f"{len(faults)} paths",
+                allowed="each parameter once",
+                mend="give each parameter one slot, or name it in Block.ignore where it takes no part",
+            )
+    _check_ignored(subject)
+    count = sum(len(list(layer.parameters())) for _, layer, _ in layers)
+    return passed(f"{count} parameters are read once", measured=count, allowed=count)
+
+
+def _uncounted(layer: nn.Module, block: Block) -> Iterator[str]:
+    readers: Counter[str] = Counter()
+    modules = dict(layer.named_modules())
+    for path in (*(path for slot in block.slots.values() for path in slot.sources()), *block.ignore):
+        if path not in modules:
+            yield f"{path} is no module of the layer"
+            continue
+        readers.update(f"{path}.{name}" for name, _ in modules[path].named_parameters(remove_duplicate=False))
+    for name, _ in layer.named_parameters(remove_duplicate=False):
+        if readers[name] != 1:
+            yield f"{name} is read {readers[name]} times"
+
+
+def _check_ignored(subject: Subject) -> None:
+    """Other values of what is ignored must not change what stock computes."""
+    model = subject.fresh()
+    ignored = [
+        parameter
+        for _, layer, block in subject.layers(model)
+        for path in block.ignore
+        for parameter in layer.get_submodule(path).parameters()
+    ]
+    if not ignored:
+        return
+    inputs = subject.inputs(2, 7)
+    with torch.no_grad():
+        for parameter in ignored:
+            parameter.add_(1.0)
+    check_same(
+        forward(model, inputs),
+        forward(subject.stock(), inputs),
+        0.0,
+        what="what Block.ignore names takes part in what the layer computes",
+        mend="give it a slot",
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+_LIES = "what a container holds and runs must be what the plan says; look at its finish() and forward()"
+
+
+def plan_is_true(subject: Subject) -> Outcome:
+    """What the plan says stands on the model, and the fused path runs, once a layer and call."""
+    pair = subject.twins()
+    for block in pair.engine.plan.blocks:
+        faults = list(_untrue(pair.model, block))
+        if faults:
+            raise Failed(
+                f"{block.path}: {'; '.join(faults)}",
+                measured=f"{len(faults)} differences",
+                allowed="what the plan says",
+                mend=_LIES,
+            )
+    _check_left(subject)
+    runs = 0
+    for inputs in (subject.inputs(1, 6), subject.inputs(3, 7, "ragged")):
+        before = pair.calls()
+        forward(pair.model, inputs)
+        calls = tuple(after - one for after, one in zip(pair.calls(), before, strict=True))
+        if calls != (len(pair.containers), 0):
+            raise Failed(
+                "not every layer took the fused path",
+                measured=f"{calls[0]} fused and {calls[1]} stock calls",
+                allowed=f"{len(pair.containers)} fused and 0 stock calls",
+                mend="name the caller's arguments in Call (mask, cache, rope, free); " + _LIES,
+            )
+        runs += calls[0]
+    return passed(f"{len(pair.containers)} layers are as planned, {runs} fused calls")
+
+
+def _untrue(model: nn.Module, block: BlockPlan) -> Iterator[str]:
+    container = model.get_submodule(block.path)
+    if not isinstance(container, block.fit.container):
+        yield f"a {type(container).__name__} stands there, not a {block.fit.container.__name__}"
+        return
+    if f"{container.original_class.__module__}:{container.original_class.__qualname__}" != block.original:
+        yield f"it stands for {container.original_class.__qualname__}, not for {block.original}"
+    if container.ops_name != block.ops:
+        yield f"it runs {container.ops_name} operations, not {block.ops}"
+    places = dict(container._modules)
+    for slot in block.slots:
+        yield from _untrue_slot(places.pop(slot.place, None), slot)
+    if places:
+        yield f"it also holds {', '.join(places)}"
+
+
+def _untrue_slot(module: nn.Module | None, slot: SlotPlan) -> Iterator[str]:
+    if module is None:
+        yield f"{slot.place} is empty"
+    elif isinstance(module, FusedLinear):
+        shape, form = (module.out_features, module.in_features), module.form
+        if (shape, form) != (slot.shape, slot.form):
+            yield f"{slot.place} is {shape} {form}, not {slot.shape} {slot.form}"
+        if tuple(one.path for one in module.sources) != slot.sources:
+            yield f"{slot.place} comes from {[one.path for one in module.sources]}, not {list(slot.sources)}"
+    elif isinstance(module, NormOp) and slot.form != "shared":
+        yield f"{slot.place} is a norm, not {slot.form}"
+
+
+def _check_left(subject: Subject) -> None:
+    """What is left alone is of the class that it was."""
+    pair = subject.twins()
+    replaced = tuple(block.path for block in pair.engine.plan.blocks)
+    found = dict(pair.model.named_modules())
+    for path, module in pair.stock.named_modules():
+        if path.startswith(tuple(f"{one}." for one in replaced)) or path in replaced:
+            continue
+        if path not in found or class_name(found[path]) != class_name(module):
+            raise Failed(
+                f"{path or 'the model'} is another class than before",
+                measured=type(found.get(path)).__name__,
+                allowed=type(module).__name__,
+                mend="a container stands in the place of its own layer and touches nothing else",
+            )
+
+
+def skeleton_plan(subject: Subject) -> Outcome:
+    """A model without weights, on the meta device, gets the plan of the loaded one."""
+    wanted = subject.plan.to_dict()
+    with torch.device("meta"):
+        skeleton = subject.model_class(copy.deepcopy(subject.config)).eval()
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+    config = load_config(None, {"injection_policy": subject.policy})
+    made = make_plan(skeleton, config, subject.registry, assume_loaded=True).to_dict()
+    different = sorted(key for key in wanted if made[key] != wanted[key] and key != "device")
+    if different:
+        return failed(
+            f"the plan of a skeleton differs in {', '.join(different)}",
+            measured=f"{len(different)} differences",
+            allowed="none",
+            mend="read facts from the config and from attributes, never from the values of weights",
+        )
+    return passed("the plan of a skeleton is the plan of the loaded model")

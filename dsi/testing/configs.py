@@ -1,0 +1,102 @@
+"""A tiny config for a policy of which nothing but the layer classes is known: small, asymmetric sizes set by attribute.
+
+No size is four times another, heads are twice the kv heads, and head_dim is not hidden_size / heads where the config
+lets one say so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dsi.errors import ConfigError
+from dsi.policy import Policy
+
+HEADS = 8
+HIDDEN = 32
+INNER = 48
+LAYERS = 2
+VOCABULARY = 67
+POSITIONS = 64
+WINDOW = 6
+
+# attribute -> value; a config is given those that it has
+SIZES: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "projection_dim", "word_embed_proj_dim"), HIDDEN),
+        **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "moe_intermediate_size"), INNER),
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), LAYERS),
+        **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), HEADS),
+        **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), HEADS // 2),
+        **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), POSITIONS),
+        "vocab_size": VOCABULARY,
+        "head_dim": 2 * HIDDEN // HEADS,
+        "sliding_window": WINDOW,
+        "image_size": 16,
+        "patch_size": 8,
+        **dict.fromkeys(("num_local_experts", "num_experts"), 4),
+        "num_experts_per_tok": 2,
+    }
+)
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def tiny_config(policy: Policy) -> Any:
+    """A tiny config of the architecture whose layers a policy claims.
+
+    Raises:
+        ConfigError: the module of its layers belongs to no config, or transformers refuses the sizes.
+    """
+    cls = config_class(policy)
+    try:
+        return cls(**_settings(cls))
+    # each config class checks its own fields, and raises whatever its checks raise
+    except Exception as error:
+        raise ConfigError(
+            [f"{cls.__name__}: no tiny config of it can be guessed ({type(error).__name__}: {error}); write a test"]
+        ) from error
+
+
+def config_class(policy: Policy) -> type:
+    """The config class of the architecture: its model's, else the one of the package that holds the layer.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for causal in policy.models:
+        module, _, name = causal.model.partition(":")
+        found: type = getattr(importlib.import_module(module), name).config_class
+        return found
+    layer = policy.blocks[0].layer
+    package = layer.partition(":")[0].rpartition(".")[0]
+    configs = list(_configs_of(package))
+    if not configs:
+        raise ConfigError([f"{layer}: transformers has no model whose config is in {package}; write a test"])
+    # the whole before its towers
+    return max(configs, key=lambda cls: len(getattr(cls, "sub_configs", ())))
+
+
+def _configs_of(package: str) -> Iterator[type]:
+    """Config classes of a package that one of transformers' models is built from."""
+    from transformers import MODEL_MAPPING
+
+    for cls in MODEL_MAPPING:
+        if cls.__module__.rpartition(".")[0] == package:
+            yield cls
+
+
+def _settings(cls: Any) -> dict[str, Any]:
+    """Arguments for a config class and the configs inside it."""
+    plain = cls()
+    settings: dict[str, Any] = {name: value for name, value in SIZES.items() if name in vars(plain)}
+    vocabulary = settings.get("vocab_size", VOCABULARY)
+    for index, name in enumerate(_TOKENS):
+        # a token beyond the tiny vocabulary cannot be embedded
+        token = vars(plain).get(name)
+        if isinstance(token, int) and token >= vocabulary:
+            settings[name] = index
+    for name, inner in getattr(cls, "sub_configs", {}).items():
+        settings[name] = _settings(inner)
+    return settings

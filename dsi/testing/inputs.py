@@ -1,0 +1,102 @@
+"""What a model reads: token ids with every kind of padding, and pixels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+Padding = Literal["none", "left", "right", "ragged"]
+
+# below this id stand the special tokens of most vocabularies
+FIRST_WORD = 4
+
+
+@attrs.frozen(kw_only=True)
+class Reads:
+    """What a model reads.
+
+    Args:
+        vocabulary: number of token ids, 0 where it reads no text.
+        pad_id: what padded positions hold.
+        image: (channels, height, width), or () where it reads none.
+        masks: it takes an attention mask.
+    """
+
+    vocabulary: int
+    pad_id: int
+    image: tuple[int, ...]
+    masks: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Reads:
+        """By the signature of the model's forward and its config."""
+        names = inspect.signature(model.forward).parameters
+        config: Any = model.config
+        text = config.get_text_config()
+        pad = getattr(text, "pad_token_id", None)
+        return cls(
+            vocabulary=int(text.vocab_size) if "input_ids" in names else 0,
+            pad_id=0 if pad is None else int(pad),
+            image=_image(getattr(config, "vision_config", None) or config) if "pixel_values" in names else (),
+            masks="attention_mask" in names and "input_ids" in names,
+        )
+
+    def inputs(self, batch: int, length: int, padding: Padding = "none", *, seed: int = 0) -> dict[str, Tensor]:
+        """Keyword arguments of a forward, the same for the same arguments.
+
+        Args:
+            batch: rows.
+            length: tokens a row, padding included.
+            padding: "none" gives no mask at all; "left" and "right" pad every row by a quarter; "ragged" gives the rows
+                no padding, left, right and a hole in the middle, in turn.
+            seed: of the ids and pixels.
+
+        Returns:
+            input_ids and attention_mask, int64 [batch, length]; pixel_values, float32 [batch, channels, ...].
+        """
+        generator = torch.Generator().manual_seed(seed)
+        inputs: dict[str, Tensor] = {}
+        if self.vocabulary:
+            low = FIRST_WORD if self.vocabulary > 2 * FIRST_WORD else 0
+            inputs["input_ids"] = torch.randint(low, self.vocabulary, (batch, length), generator=generator)
+        if self.image:
+            inputs["pixel_values"] = torch.randn(batch, *self.image, generator=generator)
+        if padding == "none" or not self.masks:
+            return inputs
+        mask = MASKS[padding](batch, length)
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, self.pad_id)
+        return {**inputs, "attention_mask": mask}
+
+
+def _image(config: Any) -> tuple[int, ...]:
+    size = config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(config.num_channels), int(height), int(width)
+
+
+def _left(batch: int, length: int) -> Tensor:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[:, : max(1, length // 4)] = 0
+    return mask
+
+
+def _right(batch: int, length: int) -> Tensor:
+    return _left(batch, length).flip(1)
+
+
+def _ragged(batch: int, length: int) -> Tensor:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        cut = max(1, length // 4) + row // 4
+        start = (0, 0, length - cut, length // 2)[row % 4]
+        if row % 4:
+            mask[row, start : start + cut] = 0
+    return mask
+
+
+MASKS: dict[str, Callable[[int, int], Tensor]] = {"left": _left, "right": _right, "ragged": _ragged}
