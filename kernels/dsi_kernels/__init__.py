@@ -11,6 +11,7 @@ from dsi_kernels.bias_activation import bias_activation, bias_activation_referen
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
+from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 
@@ -31,6 +32,8 @@ __all__ = [
     "gated_activation_reference",
     "layer_norm",
     "layer_norm_reference",
+    "matvec",
+    "matvec_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope_kv_write",

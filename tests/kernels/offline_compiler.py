@@ -51,6 +51,17 @@ def compile_only(report):
     JITFunction.run = compiled
 
 
+def matvecs(case, half):
+    """A matrix times one row and two, plain and gated."""
+    case("matvec")
+    matrix = torch.zeros(64, 2048, dtype=half)
+    vector, gamma = torch.zeros(1, 2048, dtype=half), torch.zeros(2048, dtype=half)
+    dk.matvec(vector, matrix, norm="rms", norm_weight=gamma)
+    dk.matvec(vector, matrix, norm="rms", norm_weight=gamma, kind="silu", gated=True)
+    dk.matvec(vector, matrix, gamma[:64], residual=torch.zeros(1, 64, dtype=half))
+    dk.matvec(vector.expand(2, -1).contiguous(), matrix, norm="layer", norm_weight=gamma, norm_bias=gamma, kind="gelu")
+
+
 def launch_all(case):
     """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
     half = torch.bfloat16
@@ -67,6 +78,7 @@ def launch_all(case):
     dk.bias_activation(x, w, "gelu")
     dk.bias_activation(x, None, "gelu_tanh")
     dk.bias_activation(x.half(), w.half(), "relu")
+    matvecs(case, half)
     case("rope")
     qkv, cos = torch.zeros(2, 1, 4 * 128, dtype=half), torch.zeros(2, 1, 64)
     cache = torch.zeros(2, 1, 1024, 128, dtype=half)

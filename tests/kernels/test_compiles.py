@@ -40,6 +40,7 @@ def test_every_kernel_compiles(compiled):
         "_decode_attention_kernel",
         "_gated_activation_kernel",
         "_layer_norm_kernel",
+        "_matvec_kernel",
         "_merge_splits_kernel",
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
@@ -70,3 +71,7 @@ def test_one_head_exchanges_nothing_between_warps_in_its_loop(compiled):
     """Its shared memory is two tiles of K and two of V, 8 KiB each; a score summed over warps takes more."""
     shared = {facts["shared"] for facts in compiled if facts["case"] == "attention, 1 to a KV head"}
     assert max(shared) == 4 * 8192
+
+
+def test_a_matrix_is_read_sixteen_bytes_at_a_time(compiled):
+    assert all(facts["wide_loads"] for facts in compiled if facts["kernel"] == "_matvec_kernel")

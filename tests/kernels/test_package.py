@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 8
+    assert len(OPS) == 9
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -66,7 +66,7 @@ qkv, q = torch.randn(1, 1, 24), torch.randn(1, 1, 1, 8)
 calls = {
     "rms_norm": (x, w), "layer_norm": (x, w, w), "add_rms_norm": (x, x, w), "add_layer_norm": (x, x, w, w),
     "gated_activation": (x, "silu"), "bias_activation": (x, w, "gelu"),
-    "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
+    "matvec": (x[:1], x), "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
 }
 for op, operands in calls.items():
     getattr(dk, op + "_reference")(*operands)
