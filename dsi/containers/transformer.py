@@ -115,6 +115,11 @@ class TransformerLayer(Container):
         return isinstance(bias, Tensor) and bias.dtype is hidden.dtype and bias.shape[:-1] == (rows, 1)
 
     @property
+    def all_heads(self) -> int:
+        """Query heads of the layer, those of other ranks included where it is split."""
+        return self.shape.heads
+
+    @property
     def head_norms(self) -> HeadNorms:
         """The norms over the heads of q and k, where the layer has them."""
         places: dict[str, Any] = self._modules

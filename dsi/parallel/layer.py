@@ -26,6 +26,12 @@ class ShardedContainer(Container):
         super().finish()
         self.one_sum = bool(self.facts.get("parallel")) and {"out", "down"} <= self.shard.sums
 
+    @property
+    def all_heads(self) -> int:
+        """Query heads of the layer on all ranks."""
+        heads: int = self.facts["heads"]
+        return heads * self.shard.size if "heads" in self.shard.facts else heads
+
     def own_heads(self, x: Tensor | None) -> Tensor | None:
         """Of [B, heads of all ranks, ...] this rank's; what is the same for every head, or None, as it is."""
         heads = self.shard.facts.get("heads")
@@ -49,7 +55,7 @@ class ShardedContainer(Container):
 
     def _understand(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
         call = super()._understand(args, kwargs)
-        if call is None:
+        if call is None or (call.mask is not None and call.mask.shape[1] not in (1, self.all_heads)):
             return None
         bias = None if call.bias is None else self._own_biases(call.hidden.shape[0], call.bias)
         return call._replace(mask=self.own_heads(call.mask), bias=bias)

@@ -229,7 +229,8 @@ class _Cutter:
         if "qkv" in self.roles.values():
             heads, kv_heads = self.facts["heads"], self.facts["kv_heads"]
             if heads % self.size or kv_heads % self.size:
-                found.append(f"{heads} heads" if heads == kv_heads else f"{heads} heads over {kv_heads} kv heads")
+                over = "" if heads == kv_heads else f" over {kv_heads} kv head{'s' if kv_heads > 1 else ''}"
+                found.append(f"{heads} heads{over}")
         for place, role in self.roles.items():
             uneven = [s.units for s in self.segments[place] if role == "units_in" and s.units % self.size]
             found += [f"{count} hidden units of {place!r}" for count in uneven]

@@ -43,7 +43,7 @@ class AlibiSteps:
     def __init__(
         self, alibi: Alibi, layer: TransformerLayer, mask: Tensor | None, capacity: int, device: torch.device
     ) -> None:
-        per_head = slopes(layer.shape.heads).to(device).view(1, -1, 1, 1)
+        per_head = slopes(layer.all_heads).to(device).view(1, -1, 1, 1)
         self.slopes = per_head.to(getattr(torch, alibi.rounded)) if alibi.rounded else per_head
         self.scale = layer.scale if alibi.scaled else 1.0
         self.dtype = layer.dtype
