@@ -47,7 +47,7 @@ def matvec_reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """What the kernel must compute, in plain torch. The tests' oracle and the CPU path."""
-    if norm == "rms":
+    if norm == "rms" and norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
     elif norm == "layer":
         x = F.layer_norm(x.float(), x.shape[-1:], _float(norm_weight), _float(norm_bias), eps).to(x.dtype)

@@ -96,7 +96,7 @@ def test_a_wrong_rival_does_not_pass(forgotten, device):
         ({"norm": "batch"}, "norm 'batch' is unknown"),
         ({"norm": "rms", "norm_weight": None}, "the rms norm has a weight"),
         ({"kind": "tanh"}, "kind 'tanh' is unknown"),
-        ({"gated": True}, "kind '' is unknown"),
+        ({"gated": True, "weight": torch.ones(14, 50), "bias": None}, "kind '' is unknown"),
         ({"gated": True, "kind": "silu", "residual": None}, "7 are odd"),
         ({"residual": torch.ones(1, 6)}, r"residual has shape \(1, 6\); \(1, 7\)"),
         ({"bias": torch.ones(6)}, r"bias has shape \(6,\); \(7,\)"),
