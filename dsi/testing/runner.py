@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from dsi.errors import PluginError
+from dsi.errors import ConfigError, PluginError
 from dsi.policy import Check, Policy
 from dsi.registry import Registry
 from dsi.testing.blind import blind_notes
@@ -53,10 +53,14 @@ class Expectations:
             raise ValueError(f"require={value!r}; use 'run' or 'all'")
 
     def check_names(self, known: Collection[str]) -> None:
-        """Raise a ValueError for a failure that is expected of no check."""
+        """Refuse a failure that is expected of no check.
+
+        Raises:
+            ConfigError: with the names of the checks that there are.
+        """
         unknown = sorted(self.failures.keys() - set(known))
         if unknown:
-            raise ValueError(f"expected_failures: no check {', '.join(unknown)}; there are: {', '.join(known)}")
+            raise ConfigError([f"expected_failures: no check {', '.join(unknown)}; there are: {', '.join(known)}"])
 
 
 def checks_of(registry: Registry) -> dict[str, Check]:
@@ -97,7 +101,8 @@ def conformance(
         only: run these checks alone.
 
     Raises:
-        ValueError: an unknown check or tolerance, or an expected failure without a reason.
+        ConfigError: an unknown check in `only` or `expected_failures`.
+        ValueError: an unknown tolerance, or an expected failure without a reason.
         UnknownPolicyError: `policy` is no registered name.
         PluginError: the kit's own plugin is not loaded.
     """
@@ -109,7 +114,7 @@ def conformance(
     expected.check_names(checks)
     unknown = sorted(set(only or ()) - checks.keys())
     if unknown:
-        raise ValueError(f"only: no check {', '.join(unknown)}; there are: {', '.join(checks)}")
+        raise ConfigError([f"only: no check {', '.join(unknown)}; there are: {', '.join(checks)}"])
     chosen = [name for name in checks if only is None or name in only]
     return run_checks(subject, {name: checks[name] for name in chosen}, expected)
 
