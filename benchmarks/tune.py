@@ -97,7 +97,7 @@ def candidates(weights: list[Tensor], given: dict[str, object]) -> Iterator[tupl
         if float((found - wanted).norm() / wanted.norm()) > 1e-2:
             sys.stdout.write(f"    refused, wrong: {config}\n")
             continue
-        time = graph_time(lambda i: dsi_kernels.matvec(weight=weights[i], **given, config=config), len(weights))
+        time = graph_time(lambda i, c=config: dsi_kernels.matvec(weight=weights[i], **given, config=c), len(weights))
         yield time, config
 
 
