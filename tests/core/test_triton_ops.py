@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.core.triton_probe import CASES
+from tests.core.triton_probe import CASES, MIXED
 from tests.core.twins import FP32
 
 ENCODER = {"add_layer_norm", "bias_activation"}
@@ -42,15 +42,17 @@ def probed(root):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MIXED])
 def test_the_triton_table_computes_what_stock_computes(probed, case):
     found = probed[case]
-    assert found["ops"] == ["triton"]
+    assert found["ops"] == ["triton" if case in CASES else "triton, attention aten"]
     assert found["distance"] <= FP32
     assert found["stock_calls"] == 0
 
 
-@pytest.mark.parametrize("case", [name for name, (family, _) in CASES.items() if family not in ("bert", "clip_text")])
+@pytest.mark.parametrize(
+    "case", [*(name for name, (family, _) in CASES.items() if family not in ("bert", "clip_text")), *MIXED]
+)
 def test_the_triton_table_decodes_what_stock_decodes(probed, case):
     assert probed[case]["fast"]
     assert probed[case]["tokens"]
@@ -59,3 +61,9 @@ def test_the_triton_table_decodes_what_stock_decodes(probed, case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_really_ran(probed, case):
     assert set(probed[case]["launches"]) == LAUNCHED[case]
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_kernels_run_around_an_attention_that_they_do_not_know(probed, case):
+    assert {"layer_norm", "bias_activation"} <= set(probed[case]["launches"]) <= GPT - {"rope_kv_write"}
+    assert "decode_attention" not in probed[case]["launches"]

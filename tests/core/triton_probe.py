@@ -16,7 +16,8 @@ from torch import Tensor
 import dsi.containers.base
 import dsi.planner
 import dsi_kernels
-from tests.core.twins import Twins, distance, one_layer, twins
+from tests.core import positions
+from tests.core.twins import Twins, distance, one_layer, twins, twins_of
 from tests.support import FAMILIES, inputs_for
 
 OPS = (
@@ -39,6 +40,8 @@ CASES = {
     "llama with biases": ("llama_mha", {}),
     "llama of odd sizes": ("llama", {"hidden_size": 30, "num_attention_heads": 6, "head_dim": 14}),
 }
+# kinds of which the kernels do not know the attention
+MIXED = tuple(kind for kind in positions.KINDS if kind != "normed sum")
 
 
 def count_launches(launches: Counter[str]) -> None:
@@ -58,13 +61,13 @@ def tokens(model: object, inputs: dict[str, Tensor]) -> Tensor:
     return model.generate(**inputs, max_new_tokens=3, do_sample=False)  # type: ignore[attr-defined, no-any-return]
 
 
-def probe(pair: Twins, family: str, launches: Counter[str]) -> dict[str, object]:
+def probe(pair: Twins, family: str, launches: Counter[str], *, causal: bool) -> dict[str, object]:
     launches.clear()
     result: dict[str, object] = {"ops": sorted({layer.ops_name for layer in pair.containers})}
     inputs = inputs_for(family, 2, 4, "ragged")
     with torch.no_grad():
         result["distance"] = distance(pair.model(**inputs), pair.stock(**inputs))
-    if FAMILIES[family].causal:
+    if causal:
         result["tokens"] = torch.equal(tokens(pair.model, inputs), tokens(pair.stock, inputs))
         result["fast"] = pair.model._dsi.last_route.fast
     result["stock_calls"] = pair.stock_calls
@@ -81,7 +84,10 @@ if __name__ == "__main__":
     count_launches(counter)
     # one layer: a program of the interpreter takes milliseconds
     results = {
-        name: probe(twins(family, **overrides, **one_layer(family)), family, counter)
+        name: probe(twins(family, **overrides, **one_layer(family)), family, counter, causal=FAMILIES[family].causal)
         for name, (family, overrides) in CASES.items()
     }
+    for kind in MIXED:
+        model = positions.positioned(kind, **positions.one_layer(kind))
+        results[kind] = probe(twins_of(model), "gpt2", counter, causal=True)
     sys.stdout.write(json.dumps(results))
