@@ -61,7 +61,18 @@ class Choice:
     rejected: tuple[Rejected, ...] = ()
 
 
-def choose(layer_class: str, candidates: Sequence[Candidate], config: Any, *, explicit: str = "") -> Choice:
+Guard = Callable[[], list[str]]
+"""What has been changed that should not have been, in words; called after each question, it also puts it back."""
+
+
+def choose(
+    layer_class: str,
+    candidates: Sequence[Candidate],
+    config: Any,
+    *,
+    explicit: str = "",
+    guard: Guard | None = None,
+) -> Choice:
     """The one candidate that the stages leave.
 
     Args:
@@ -69,13 +80,14 @@ def choose(layer_class: str, candidates: Sequence[Candidate], config: Any, *, ex
         candidates: in any order.
         config: what `supports` reads.
         explicit: the full name that the user gave; "" for none.
+        guard: asked after each `supports`; a policy after which it finds a change is refused.
 
     Raises:
         AmbiguousPolicyError: several are left, or all replace one another.
     """
     left = sorted(candidates, key=lambda one: one.full_name)
     rejected: list[Rejected] = []
-    for stage in (_named(explicit), _requires, _supports(config), _replaces, _outranking, _outranked):
+    for stage in (_named(explicit), _requires, _supports(config, guard), _replaces, _outranking, _outranked):
         out = stage(left)
         if out and len(out) == len(left) and stage is _replaces:
             raise AmbiguousPolicyError(_tie(layer_class, left, "replace one another"))
@@ -130,9 +142,9 @@ def _unmet(text: str) -> str:
     return "" if requirement.specifier.contains(version, prereleases=True) else f"{text} is unmet by {version}"
 
 
-def _supports(config: Any) -> _Stage:
+def _supports(config: Any, guard: Guard | None) -> _Stage:
     def stage(candidates: Sequence[Candidate]) -> list[Rejected]:
-        refusals = [(one, _refusal(one, config)) for one in candidates]
+        refusals = [(one, _guarded(one, config, guard)) for one in candidates]
         return [
             Rejected(full_name=one.full_name, stage="supports", reason=refusal.reason, hint=refusal.hint)
             for one, refusal in refusals
@@ -143,6 +155,13 @@ def _supports(config: Any) -> _Stage:
 
 
 _REPORT = "report it to the policy's author"
+
+
+def _guarded(candidate: Candidate, config: Any, guard: Guard | None) -> Refusal | None:
+    refusal = _refusal(candidate, config)
+    if guard is not None and (changes := guard()):
+        return Refusal(reason=f"supports() changed the model ({', '.join(changes[:5])})", hint=_REPORT)
+    return refusal
 
 
 def _refusal(candidate: Candidate, config: Any) -> Refusal | None:

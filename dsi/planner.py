@@ -207,7 +207,7 @@ def make_plan(model: nn.Module, config: InferenceConfig, registry: Registry, *, 
     # a name that nobody registered is wrong also where it would have claimed nothing
     registry.resolve(config.injection_policy)
     before = Structure.of(model)
-    planner = _Planner(model, config, registry, assume_loaded)
+    planner = _Planner(model, config, registry, assume_loaded, before)
     try:
         return planner.plan()
     finally:
@@ -236,8 +236,11 @@ def _check_untouched(before: Structure, planner: _Planner) -> None:
 class _Planner:
     """One walk over one model."""
 
-    def __init__(self, model: nn.Module, config: InferenceConfig, registry: Registry, assume_loaded: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: InferenceConfig, registry: Registry, assume_loaded: bool, before: Structure
+    ) -> None:
         self.model, self.config, self.registry, self.assume_loaded = model, config, registry, assume_loaded
+        self.before = before
         floating = [p for p in model.parameters() if p.is_floating_point()]
         if not floating:
             raise UnsupportedModelError(f"{type(model).__name__} has no floating-point parameters")
@@ -329,8 +332,14 @@ class _Planner:
         key = (layer, id(config))
         if key not in self.choices:
             self.configs[id(config)] = config
-            self.choices[key] = self.registry.choose(layer, config, self.config.injection_policy)
+            self.choices[key] = self.registry.choose(layer, config, self.config.injection_policy, guard=self._put_back)
         return self.choices[key]
+
+    def _put_back(self) -> list[str]:
+        changes = self.before.changes()
+        if changes:
+            self.before.put_back_()
+        return changes
 
     def _fit(self, block: Block, layer: nn.Module, config: Any, path: str, name: str) -> Fit | Reason:
         if not path:

@@ -19,7 +19,7 @@ import attrs
 
 from dsi import choice as choosing
 from dsi import plugins as loading
-from dsi.choice import Candidate, Choice, Rejected
+from dsi.choice import Candidate, Choice, Guard, Rejected
 from dsi.discovery import BUILT_IN, Source, discover
 from dsi.errors import PluginError, UnknownPolicyError
 from dsi.plugins import Outcome, Record
@@ -87,7 +87,9 @@ class Registry:
             if block.layer == layer_class
         ]
 
-    def choose(self, layer_class: str, model_config: Any, explicit: Policy | str | None = None) -> Choice:
+    def choose(
+        self, layer_class: str, model_config: Any, explicit: Policy | str | None = None, guard: Guard | None = None
+    ) -> Choice:
         """The policy for a layer class, and why not the others.
 
         Args:
@@ -95,6 +97,7 @@ class Registry:
             model_config: the config that the policies' `supports` read.
             explicit: a policy, or the full name of one, to use and no other. Its requirements and its refusals hold
                 all the same; where it has no block for the class, nothing is chosen.
+            guard: asked after each `supports`; see `dsi.choice.Guard`.
 
         Raises:
             UnknownPolicyError: `explicit` is no registered name.
@@ -111,7 +114,7 @@ class Registry:
                 for block in given.blocks
                 if block.layer == layer_class
             ]
-        choice = choosing.choose(layer_class, candidates, model_config, explicit=name)
+        choice = choosing.choose(layer_class, candidates, model_config, explicit=name, guard=guard)
         self._log_replaced(choice)
         return choice
 

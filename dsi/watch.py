@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any
 
 import attrs
@@ -91,6 +91,9 @@ class _Noise:
         for line in lines:
             self.write(line)
 
+    def close(self) -> None:
+        """Nothing: the real one is not theirs to close."""
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stdout, name)
 
@@ -150,16 +153,18 @@ def everything(packages: tuple[str, ...]) -> Globals:
 
 
 def _own(owner: Any) -> dict[str, Any]:
-    # submodules appear as they are imported, and a builtin `_` is the prompt's
+    """What the module or class computes with: functions, classes and descriptors; counters and caches may change."""
     return {
         name: value
         for name, value in vars(owner).items()
-        if not (_is_a(value, ModuleType) or (name.startswith("__") and name not in ("__init__", "__call__")))
+        # a builtin `_` is the prompt's
+        if (callable(value) or _is_a(value, property | staticmethod | classmethod))
+        and (not name.startswith("__") or name in ("__init__", "__call__"))
         and name != "_"
     }
 
 
-def _is_a(value: Any, cls: type) -> bool:
+def _is_a(value: Any, cls: type | UnionType) -> bool:
     # isinstance would read `__class__`, which deprecated names of torch answer with a warning
     return issubclass(type(value), cls)
 
