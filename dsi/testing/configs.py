@@ -15,8 +15,8 @@ from dsi.errors import ConfigError
 from dsi.policy import Policy
 
 HEADS = 8
-HIDDEN = 32
-INNER = 48
+HIDDEN = 64
+INNER = 96
 LAYERS = 2
 VOCABULARY = 67
 POSITIONS = 64
@@ -33,6 +33,8 @@ SIZES: Mapping[str, int] = MappingProxyType(
         **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), POSITIONS),
         "vocab_size": VOCABULARY,
         "head_dim": 2 * HIDDEN // HEADS,
+        # a part of the smallest head_dim that these sizes give
+        "rotary_dim": 4,
         "sliding_window": WINDOW,
         "image_size": 16,
         "patch_size": 8,

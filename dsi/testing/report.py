@@ -57,8 +57,8 @@ def absent(reason: str) -> Outcome:
 
 
 def number(value: object) -> str:
-    """A measurement as text; floats with two digits."""
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
+    """A measurement as text; floats with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class Failed(Exception):

@@ -243,6 +243,8 @@ class Subject:
         """Why the policy cannot be applied to the tiny model, or ""."""
         model = self.fresh()
         self._worlds.append(World.of(self.stock()))
+        if error := self._stock_error():
+            return error
         try:
             engine = self._inject(model)
         except DsiError as error:
@@ -250,6 +252,14 @@ class Subject:
         left = [f"{one.path}: {one.reason.text}" for one in engine.plan.left if one.reason.code != "no_policy"]
         if left or not engine.plan.blocks:
             return "; ".join(dict.fromkeys(left)) or engine.plan.why_nothing
+        return ""
+
+    def _stock_error(self) -> str:
+        try:
+            forward(self.stock(), self.inputs(1, 4))
+        # whatever a model raises whose sizes do not fit together
+        except Exception as error:  # noqa: BLE001
+            return f"the stock model of this config does not run: {type(error).__name__}: {error}"
         return ""
 
     @property

@@ -126,13 +126,15 @@ def no_second_copy(subject: Subject) -> Outcome:
 
 
 def held() -> int:
-    """Bytes of every tensor that Python can reach, each memory once."""
+    """Bytes of the weights that Python can reach, each memory once; row orders and masks are no weights."""
     gc.collect()
     memories: dict[int, int] = {}
     packed = 0
     for thing in gc.get_objects():
         # by its exact type: isinstance wakes lazy modules, and the compiler's fake tensors have no memory
         if type(thing) not in (Tensor, nn.Parameter) or thing.is_meta:
+            continue
+        if thing.dtype in (torch.int64, torch.int32, torch.bool):
             continue
         if thing.is_mkldnn:
             packed += int(torch.ops.mkldnn._nbytes(thing.detach()))
