@@ -55,10 +55,14 @@ class ShardedContainer(Container):
 
     def _understand(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
         call = super()._understand(args, kwargs)
-        if call is None or (call.mask is not None and call.mask.shape[1] not in (1, self.all_heads)):
+        if call is None or not self._cuts(call.mask):
             return None
         bias = None if call.bias is None else self._own_biases(call.hidden.shape[0], call.bias)
         return call._replace(mask=self.own_heads(call.mask), bias=bias)
+
+    def _cuts(self, mask: Tensor | None) -> bool:
+        """Whether a mask is for one head, or for all of them."""
+        return mask is None or "heads" not in self.shard.facts or mask.shape[1] in (1, self.all_heads)
 
     def decode(self, hidden: Tensor, kv: Any, rope: Any, mask: Tensor | None) -> Tensor:
         """As the container's, with a mask of all heads or of one."""

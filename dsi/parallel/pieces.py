@@ -85,7 +85,9 @@ def _joined(name: str, held: Sequence[tuple[int, Piece, Tensor]]) -> Tensor:
         for begin, end in part.runs:
             for index in range(begin, end):
                 if owners[index] >= 0:
-                    raise SplitError(f"{name}: rank {owners[index]} and rank {rank} both hold index {index} of {dim}")
+                    raise SplitError(
+                        f"{name}: rank {owners[index]} and rank {rank} both hold index {index} of dimension {dim}"
+                    )
                 owners[index] = rank
             whole.narrow(dim, begin, end - begin).copy_(tensor.narrow(dim, start, end - begin))
             start += end - begin

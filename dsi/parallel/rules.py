@@ -77,6 +77,16 @@ class LayerShard:
     facts: Mapping[str, Any] = attrs.field(converter=_read_only, factory=dict)
     sums: frozenset[str] = frozenset()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # read-only mappings can be neither copied nor pickled
+        return _layer_shard, (self.rank, self.size, dict(self.pieces), dict(self.facts), self.sums)
+
+
+def _layer_shard(
+    rank: int, size: int, pieces: dict[str, Piece], facts: dict[str, Any], sums: frozenset[str]
+) -> LayerShard:
+    return LayerShard(rank=rank, size=size, pieces=pieces, facts=facts, sums=sums)
+
 
 def shard_layer(
     block: Block, container: type[Container], facts: Mapping[str, Any], shapes: Shapes, size: int, where: str
