@@ -6,6 +6,9 @@ does it: `fused = stored[p]`; `stored = fused[inverse(p)]`. None stands for the 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,29 @@ def row_permutation(layout: str, *, heads: int, kv_heads: int, head_dim: int) ->
         rows = torch.arange(kv_heads * (group + 2) * head_dim).view(kv_heads, group + 2, head_dim)
         return torch.cat([rows[:, :group].reshape(-1), rows[:, group].reshape(-1), rows[:, group + 1].reshape(-1)])
     raise ValueError(f"unknown layout {layout!r}; known: thirds, halves, head_interleaved, kv_grouped")
+
+
+class Runs(NamedTuple):
+    """A permutation that keeps rows together, in little memory: whole heads move, so it has as many runs as heads.
+
+    Args:
+        starts: int64, the first row of each run.
+        length: rows of each.
+    """
+
+    starts: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, permutation: Tensor) -> Runs:
+        """The longest runs of one length that make up an int64 permutation."""
+        breaks = (permutation[1:] != permutation[:-1] + 1).nonzero().view(-1) + 1
+        length = math.gcd(permutation.numel(), *breaks.tolist())
+        return cls(permutation[::length].clone(), length)
+
+    def permutation(self) -> Tensor:
+        """The permutation itself."""
+        return (self.starts[:, None] + torch.arange(self.length)).view(-1)
 
 
 def inverse(permutation: Tensor) -> Tensor:

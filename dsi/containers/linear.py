@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
-from dsi.containers.layouts import inverse
+from dsi.containers.layouts import Runs, inverse
 
 # below half a million fp32 weights oneDNN's blocked layout is not the fastest at one row
 # (2-core Zen 3, 1024 x 256: 37 us by columns against 56 us; 2-core Zen 5, 768 x 256: 23 us against 31 us)
@@ -136,11 +136,16 @@ class FusedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.sources = sources
-        self.permutation = permutation
+        self._runs = None if permutation is None else Runs.of(permutation)
         self.wide = has_avx512()
         self.threads = weight.numel() >= THREADS_FROM
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._hold(weight, form)
+
+    @property
+    def permutation(self) -> Tensor | None:
+        """The row order's permutation over all sources' stored rows, int64 [N]."""
+        return None if self._runs is None else self._runs.permutation()
 
     def _hold(self, weight: Tensor, form: str) -> None:
         packed = _pack(weight) if form == "packed" else None
@@ -220,9 +225,9 @@ class FusedLinear(nn.Module):
 
         Views of this layer's memory where the form and the layout allow it, copies elsewhere.
         """
-        weight, bias = self.dense_weight(), None if self.bias is None else self.bias.detach()
-        if self.permutation is not None:
-            back = inverse(self.permutation).to(weight.device)
+        weight, bias, order = self.dense_weight(), None if self.bias is None else self.bias.detach(), self.permutation
+        if order is not None:
+            back = inverse(order).to(weight.device)
             weight, bias = weight[back], None if bias is None else bias[back]
         result: dict[str, Tensor] = {}
         start = 0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsi.containers.layouts import inverse, row_permutation
+from dsi.containers.layouts import Runs, inverse, row_permutation
 
 SMALL = st.integers(1, 4)
 
@@ -59,3 +59,18 @@ def test_heads_that_do_not_fit():
         row_permutation("kv_grouped", heads=4, kv_heads=3, head_dim=8)
     with pytest.raises(ValueError, match="unknown layout 'quarters'; known: thirds, halves"):
         row_permutation("quarters", heads=4, kv_heads=4, head_dim=8)
+
+
+@given(order=st.integers(1, 40).flatmap(lambda n: st.permutations(range(n))), length=st.integers(1, 5))
+def test_runs_hold_any_permutation(order, length):
+    permutation = (torch.tensor(order)[:, None] * length + torch.arange(length)).view(-1)
+    runs = Runs.of(permutation)
+    assert torch.equal(runs.permutation(), permutation)
+    assert runs.starts.numel() <= len(order)
+
+
+@pytest.mark.parametrize("layout", ["head_interleaved", "kv_grouped"])
+def test_whole_heads_are_runs(layout):
+    runs = Runs.of(row_permutation(layout, heads=4, kv_heads=4, head_dim=8))
+    assert runs.length == 8
+    assert runs.starts.numel() == 12
