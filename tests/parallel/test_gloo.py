@@ -95,7 +95,7 @@ def _uneven(group):
 
 
 def test_work_that_cannot_be_sent():
-    with pytest.raises(RankError, match="the ranks cannot be given .*lambda.* and its arguments"):
+    with pytest.raises(RankError, match=r"the ranks cannot be given .*lambda.* and its arguments"):
         run_gloo(lambda group: None, 2)
 
 
@@ -113,7 +113,11 @@ def test_nobody_outlives_the_call_or_the_caller(tmp_path: Path):
         run_gloo(math.hypot, 2)
     assert children() <= before
 
-    code = f"from dsi.parallel import run_gloo\nfrom tests.parallel.ranks_at_work import sleeping\nrun_gloo(sleeping, 2, {str(tmp_path)!r})"
+    code = (
+        "from dsi.parallel import run_gloo\n"
+        "from tests.parallel.ranks_at_work import sleeping\n"
+        f"run_gloo(sleeping, 2, {str(tmp_path)!r})"
+    )
     caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     pids = [_wait_for(tmp_path / f"{rank}.pid") for rank in range(2)]
     caller.kill()
