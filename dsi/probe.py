@@ -150,7 +150,7 @@ def _child(source: Source, timeout: float) -> Probe:
             os.close(read)
             _load_and_exit(source, write, out, err)
         os.close(write)
-        report, status = _wait(child, read, timeout)
+        report, status, left_behind = _wait(child, read, timeout)
         os.close(read)
         noise = _text(out)
         if status is None:
@@ -159,12 +159,12 @@ def _child(source: Source, timeout: float) -> Probe:
         elif report is None:
             found = _dead(source, "crash", f"it ended the process while it was loaded: {_ending(status)}", _text(err))
         else:
-            found = report
+            found = _with_orphan(report) if left_behind else report
     return _with_noise(found, noise)
 
 
-def _wait(child: int, pipe: int, timeout: float) -> tuple[Probe | None, int | None]:
-    """The child's report, if it gave one, and its exit status, None where it had to be killed."""
+def _wait(child: int, pipe: int, timeout: float) -> tuple[Probe | None, int | None, bool]:
+    """The child's report or None, its exit status, None where it had to be killed, and whether it left others."""
     data, status, deadline = b"", None, time.monotonic() + timeout
     while status is None and time.monotonic() < deadline:
         ready, _, _ = select.select([pipe], [], [], 0.01)
@@ -175,13 +175,15 @@ def _wait(child: int, pipe: int, timeout: float) -> tuple[Probe | None, int | No
         status = found if ended else None
     while select.select([pipe], [], [], 0)[0] and (more := os.read(pipe, 1 << 16)):
         data += more
-    # the child's own group: it and what it left behind
+    left_behind = False
+    # the child's own group: it, and what it left behind
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
+        left_behind = True
     if status is None:
         os.waitpid(child, 0)
-        return None, None
-    return (_read(json.loads(data)) if data else None), status
+        return None, None, left_behind
+    return (_read(json.loads(data)) if data else None), status, left_behind
 
 
 def _ending(status: int) -> str:
@@ -210,12 +212,21 @@ def _with_noise(found: Probe, noise: str) -> Probe:
     printed = found.printed + noise
     if found.verdict not in ("ok", "warned"):
         return attrs.evolve(found, printed=printed)
-    reason, mend = next(Traces(printed=printed).complaints())
     if found.printed:
         return attrs.evolve(found, printed=printed)
-    joined = ("; ".join(filter(None, pair)) for pair in ((found.reason, reason), (found.mend, mend)))
-    reason, mend = joined
-    return attrs.evolve(found, printed=printed, verdict="warned", reason=reason, mend=mend)
+    return attrs.evolve(_warned(found, *next(Traces(printed=printed).complaints())), printed=printed)
+
+
+def _with_orphan(found: Probe) -> Probe:
+    if found.verdict not in ("ok", "warned"):
+        return found
+    return _warned(found, "it leaves a process running", "start processes when they are first needed, and end them")
+
+
+def _warned(found: Probe, reason: str, mend: str) -> Probe:
+    both = ((found.reason, reason), (found.mend, mend))
+    reason, mend = ("; ".join(part for part in pair if part) for pair in both)
+    return attrs.evolve(found, verdict="warned", reason=reason, mend=mend)
 
 
 def _text(file: IO[bytes]) -> str:
@@ -237,6 +248,8 @@ def _load_and_exit(source: Source, pipe: int, out: IO[bytes], err: IO[bytes]) ->
         os.write(pipe, json.dumps(attrs.asdict(report)).encode())
         sys.stdout.flush()
         code = 0
+    except BaseException as error:  # noqa: BLE001 - the process ends here, and its last line is read
+        os.write(2, f"{type(error).__name__}: {error}".encode())
     finally:
         os._exit(code)
 

@@ -6,7 +6,6 @@ A registry is an instance and is passed in; two of them never meet. `dsi.plugins
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -192,11 +191,16 @@ def _contests(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, str]]:
         claims.setdefault(layer, []).append(claim)
     found = {}
     for layer, ones in claims.items():
-        for (record, name, policy), (other, rival, against) in itertools.permutations(ones, 2):
-            settled = rival in policy.replaces or name in against.replaces or policy.priority != against.priority
-            if not settled and record.name != other.name and record.distribution != BUILT_IN:
-                reason = f"{name} and {rival} both claim {layer}; where both apply, neither is chosen"
-                found[record.name] = reason, f'settle it with injection_policy="{name}" or replaces=("{rival}",)'
+        for record, name, policy in ones:
+            rivals = [
+                rival
+                for other, rival, against in ones
+                if other.name != record.name
+                and not (rival in policy.replaces or name in against.replaces or policy.priority != against.priority)
+            ]
+            if rivals and record.distribution != BUILT_IN:
+                reason = f"{name} claims {layer}, and so does {', '.join(rivals)}; where both apply, neither is chosen"
+                found[record.name] = reason, f'settle it with injection_policy="{name}" or replaces=("{rivals[0]}",)'
     return found
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from dsi.registry import Registry
 
 
 def put_distribution(
@@ -42,3 +49,26 @@ def forget_modules(folder: Path, before: set[str]) -> None:
     for name in set(sys.modules) - before:
         if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+@contextmanager
+def on_path(site: Path) -> Iterator[None]:
+    """What is installed in `site` is found, beside dsi's own plugins and no others; nothing of it remains."""
+    before = set(sys.modules)
+    others = {one.name for one in Registry.load({}).records if one.distribution != "dsi"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        patch.setenv("DSI_DISABLE_PLUGINS", ",".join(sorted(others)))
+        yield
+    forget_modules(site, before)
+
+
+def run_dsi(*argv: str, site: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The finished process of `dsi ...`, which finds what is installed in `site`."""
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from dsi.cli import main; sys.exit(main(sys.argv[1:]))", *argv],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)]), **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
