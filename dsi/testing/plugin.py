@@ -44,6 +44,10 @@ CHECKS = {
     "device_moves": "moves",
     "cuda_graph_replay": "moves",
     "quantized": "quantized",
+    "tp_shards_reassemble": "tensor_parallel",
+    "tp_equals_single": "tensor_parallel",
+    "tp_indivisible_refused": "tensor_parallel",
+    "tp_processes": "tensor_parallel",
 }
 
 

@@ -22,8 +22,12 @@ class _BuiltIn(PolicyConformance):
         return tiny_config(self.family)
 
 
-class TestLlama(_BuiltIn):
-    family = "llama"
+class TestLlama(PolicyConformance):
+    policy = "llama:llama"
+
+    def tiny_config(self):
+        # four ranks share eight heads over four kv heads
+        return tiny_config("llama", num_attention_heads=8, num_key_value_heads=4)
 
 
 class TestLlamaWithBiases(PolicyConformance):
