@@ -42,6 +42,7 @@ class Model:
         dtype: the one it is usually run in.
         shapes: (batch, tokens) of the forward passes.
         bar: how many times as fast as stock dsi must be, forward and decode.
+        large: measured only when asked for.
     """
 
     cls: str
@@ -49,6 +50,7 @@ class Model:
     dtype: torch.dtype
     shapes: tuple[tuple[int, int], ...]
     bar: float = 1.0
+    large: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -77,8 +79,19 @@ def models() -> Mapping[str, Model]:
         num_attention_heads=32,
         ffn_dim=8192,
     )
+    llama_7b = LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096
+    )
+    opt_7b = OPTConfig(
+        hidden_size=4096, word_embed_proj_dim=4096, num_hidden_layers=32, num_attention_heads=32, ffn_dim=16384
+    )
+    gpt2_xl = GPT2Config(n_embd=1600, n_layer=48, n_head=25)
     one, several = ((1, PROMPT),), ((1, PROMPT), (8, PROMPT))
+    half, brain = torch.float16, torch.bfloat16
     return {
+        "llama-7b": Model(cls="LlamaForCausalLM", config=llama_7b, dtype=brain, shapes=(), large=True),
+        "opt-6.7b": Model(cls="OPTForCausalLM", config=opt_7b, dtype=half, shapes=(), large=True),
+        "gpt2-xl": Model(cls="GPT2LMHeadModel", config=gpt2_xl, dtype=half, shapes=(), large=True),
         "bert-base": Model(cls="BertModel", config=BertConfig(), dtype=torch.float16, shapes=several),
         "gpt2-124m": Model(cls="GPT2LMHeadModel", config=GPT2Config(), dtype=torch.float16, shapes=one),
         "opt-1.3b": Model(cls="OPTForCausalLM", config=opt, dtype=torch.float16, shapes=one),
@@ -178,7 +191,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.add_argument("--quick", action="store_true", help="few rounds: a smoke test, not a measurement")
-    parser.add_argument("--only", help="one model only, e.g. llama-1b")
+    parser.add_argument("--only", nargs="+", help="these models only, e.g. llama-1b")
+    parser.add_argument("--large", action="store_true", help="the models of 1.5 to 7 billion parameters too")
     return parser.parse_args()
 
 
@@ -189,13 +203,14 @@ def main() -> int:
         sys.exit("benchmarks/gpu.py measures on a CUDA device, and torch finds none; benchmarks/cpu.py needs none")
     transformers.logging.set_verbosity_error()
     known = models()
-    if given.only is not None and given.only not in known:
-        sys.exit(f"--only {given.only}: no such model; there are {', '.join(known)}")
+    if unknown := set(given.only or ()) - known.keys():
+        sys.exit(f"--only {' '.join(unknown)}: no such model; there are {', '.join(known)}")
+    chosen = given.only or [name for name, model in known.items() if given.large or not model.large]
     options = {"quick": given.quick, "peak": ceilings()}
     cases: dict[str, Callable[[], Result]] = {}
     for name, model in known.items():
         dtype = str(model.dtype).removeprefix("torch.")
-        if given.only not in (None, name):
+        if name not in chosen:
             continue
         for shape in model.shapes:
             case = f"{name} {dtype} {shape[0]}x{shape[1]}"

@@ -160,6 +160,8 @@ class InferenceEngine:
             if self.plan.restorable:
                 self.stop_profile()
             self._injection.undo()
+            # they hold the fused weights' addresses, and memory of their own
+            self._session.graphs = None
         return self.module
 
     def __enter__(self) -> InferenceEngine:

@@ -6,6 +6,9 @@ A table has no state, so a container holds one by name and survives pickling and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
+from dsi.containers.linear import FusedLinear
 
 
 class Rope(NamedTuple):
@@ -169,6 +173,19 @@ class AtenOps:
         total = linear.add(x, residual)
         return self.norm(norm, total), total
 
+    def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
+        """linear(norm(x)), x [B, K]."""
+        return linear.forward(self.norm(norm, x))
+
+    def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
+        """activation(linear(norm(x))), or with a gate as in `gate`; x [B, K]."""
+        normed = self.norm(norm, x)
+        return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind)
+
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """linear(x) + residual, x [B, K]."""
+        return linear.add(x, residual)
+
     def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
         """activation(linear(x))."""
         return linear.activate(x, kind)
@@ -253,16 +270,38 @@ class AtenOps:
             k, v = repeat_heads(k, heads // kv_heads), repeat_heads(v, heads // kv_heads)
         is_causal = causal and mask is None and length > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+        if mask is not None and mask.dtype is torch.float16 and length > 1:
+            out = _even(out, mask, v)
         return out.transpose(1, 2).reshape(batch, length, heads * width)
 
     def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        filled: Tensor | None = None,
     ) -> Tensor:
         """Attention of one new position a row.
 
-        q is [B, heads, 1, d], k and v are [B, kv_heads, T, d]; returns [B, heads * d].
+        q is [B, heads, 1, d], k and v are [B, kv_heads, T, d], of T the first `filled` (int64 [], on the device) where
+        that is given; returns [B, heads * d].
         """
+        if filled is not None:
+            live = (torch.arange(k.shape[2], device=k.device) < filled)[None, None, None]
+            mask = live if mask is None else live & mask
         return self.attend(q, k, v, mask, False, scale, softcap).view(q.shape[0], -1)
+
+
+def _even(out: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+    """Attention, with rows that an additive fp16 mask shuts out wholly made the mean of all values.
+
+    That is what they are in other dtypes, whose least number swallows every score that is added to it; fp16's does not.
+    """
+    shut = mask.amax(-1, keepdim=True) < torch.finfo(torch.float16).min / 2
+    return torch.where(shut, v.mean(2, keepdim=True), out)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:
@@ -291,9 +330,50 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 KERNEL_FROM = 1 << 22
 
 
+_IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
+
+
+@contextmanager
+def graph_kernels() -> Iterator[None]:
+    """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free."""
+    before = _IN_GRAPH.set(True)
+    try:
+        yield
+    finally:
+        _IN_GRAPH.reset(before)
+
+
 def _torch_wins(x: Tensor) -> bool:
     """Whether torch's own launches are the faster ones: little to do, and no graph that would replay ours for free."""
-    return x.is_cuda and x.nbytes < KERNEL_FROM and not torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and x.nbytes < KERNEL_FROM and not _IN_GRAPH.get()
+
+
+def _as_matvec(linear: Any, x: Tensor, norm: NormOp | None = None) -> bool:
+    """Whether the product is one of `dsi_kernels.matvec`: in a graph, one or two rows, a plain weight."""
+    from dsi_kernels.matvec import MAX_NORM_WIDTH, MAX_ROWS
+
+    if not _IN_GRAPH.get() or x.dim() != 2 or x.shape[0] > MAX_ROWS or not x.is_contiguous():
+        return False
+    # a rank's part of a layer has a class of its own
+    if type(linear) is not FusedLinear or linear.form != "aten" or not linear.weight.is_contiguous():
+        return False
+    if norm is None:
+        return True
+    plain = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
+    return plain and x.shape[1] <= MAX_NORM_WIDTH
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight^T + bias on CUDA, x [B, K], the way a graph wants it."""
+    from dsi_kernels.matvec import MAX_ROWS, matvec
+
+    if _IN_GRAPH.get() and x.dim() == 2 and x.shape[0] <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
+        return matvec(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _norm_arguments(norm: NormOp) -> dict[str, Any]:
+    return {"norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
 class TritonOps(AtenOps):
@@ -325,6 +405,27 @@ class TritonOps(AtenOps):
             return self.norm(norm, total := y.add_(residual)), total
         return dsi_kernels.add_rms_norm(y, residual, norm.weight, norm.eps)
 
+    def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
+        if not _as_matvec(linear, x, norm):
+            return super().norm_project(norm, linear, x)
+        import dsi_kernels
+
+        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm))
+
+    def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
+        if not _as_matvec(linear, x, norm):
+            return super().norm_expand(norm, linear, x, kind, gated)
+        import dsi_kernels
+
+        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm), kind=kind, gated=gated)
+
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        if not _as_matvec(linear, x) or not residual.is_contiguous():
+            return super().project_add(linear, x, residual)
+        import dsi_kernels
+
+        return dsi_kernels.matvec(x, linear.weight, linear.bias, residual=residual)
+
     def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
         if _torch_wins(x):
             return super().activate(linear, x, kind)
@@ -344,7 +445,7 @@ class TritonOps(AtenOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         import dsi_kernels
 
-        if rope is None or norms is not None or rope.pairs:
+        if rope is None or norms is not None or rope.pairs or _torch_wins(qkv):
             return super().split(qkv, shape, rope, norms)
         batch, length, _ = qkv.shape
         k, v = qkv.new_empty(2, batch, shape.kv_heads, length, shape.head_dim).unbind(0)
@@ -356,7 +457,7 @@ class TritonOps(AtenOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         import dsi_kernels
 
-        if norms is not None or repeat > 1 or (rope is not None and rope.pairs):
+        if norms is not None or repeat > 1 or (rope is not None and rope.pairs) or _torch_wins(qkv):
             return super().append(qkv, shape, rope, kv, norms, repeat)
         start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
@@ -364,13 +465,21 @@ class TritonOps(AtenOps):
         return q, *kv.visible()
 
     def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        filled: Tensor | None = None,
     ) -> Tensor:
         import dsi_kernels
 
-        if softcap is not None or (mask is not None and mask.dtype is not torch.bool):
-            return super().decode(q, k, v, mask, scale, softcap)
-        out = dsi_kernels.decode_attention(q, k, v, k.shape[2], mask, scale)
+        biased = mask is not None and mask.dtype is not torch.bool
+        if softcap is not None or biased or _torch_wins(k):
+            return super().decode(q, k, v, mask, scale, softcap, filled)
+        out = dsi_kernels.decode_attention(q, k, v, k.shape[2] if filled is None else filled, mask, scale)
         return out.reshape(q.shape[0], -1)
 
 

@@ -100,6 +100,8 @@ class TransformerLayer(Container):
         self.sandwich = "norm_attn_out" in places
         self.kept_mlp = "mlp" in places
         self.gated = "gate_up" in places
+        # norm, attention, residual, norm, MLP, residual, one after the other
+        self.chained = self.pre_norm and not (self.parallel or self.sandwich or self.kept_mlp or self.add_to_normed)
 
     @classmethod
     def operations(cls, table: str, facts: Mapping[str, Any]) -> str:
@@ -249,7 +251,20 @@ class DecoderLayer(TransformerLayer):
         own = self.__dict__
         own["fused_calls"] += 1
         ops, places = self.ops, own["_modules"]
+        if self.chained:
+            return self._decode_chain(ops, places, hidden, kv, rope, mask)
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         q, k, v = ops.append(places["qkv"].forward(normed), self.shape, rope, kv, self.head_norms, self.repeat)
-        attended = ops.decode(q, k, v, mask, self.scale, self.softcap)
+        attended = ops.decode(q, k, v, mask, self.scale, self.softcap, kv.filled)
         return self._after(attended, hidden, normed)
+
+    def _decode_chain(
+        self, ops: Any, places: dict[str, Any], hidden: Tensor, kv: Any, rope: Rope | None, mask: Tensor | None
+    ) -> Tensor:
+        qkv = ops.norm_project(places["norm_attn"], places["qkv"], hidden)
+        q, k, v = ops.append(qkv, self.shape, rope, kv, self.head_norms, self.repeat)
+        attended = ops.decode(q, k, v, mask, self.scale, self.softcap, kv.filled)
+        hidden = ops.project_add(places["out"], attended, hidden)
+        up = places["gate_up" if self.gated else "up"]
+        expanded = ops.norm_expand(places["norm_mlp"], up, hidden, self.kind, self.gated)
+        return ops.project_add(places["down"], expanded, hidden)

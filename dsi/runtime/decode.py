@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
-from dsi.containers.ops import NormOp, Rope
+from dsi.containers.ops import NormOp, Rope, product
 from dsi.errors import PolicyError
 from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
 from dsi.runtime.alibi import AlibiSteps
-from dsi.runtime.kv_cache import PreallocatedLayer
 from dsi.runtime.rope_table import RopeTable, identity, rope_rows
 
 # weights of the head from which oneDNN reads them faster than MKL, at one row as at sixteen: 2-core Zen 3 (AVX2) and
@@ -58,9 +57,7 @@ class Step:
         self.decoders, self.embed, self.positions = decoders, embed, positions
         self.rope, self.tail = rope, tail
 
-    def __call__(
-        self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[PreallocatedLayer], mask: Tensor | None
-    ) -> Tensor:
+    def __call__(self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | None) -> Tensor:
         """Logits of the next token, float32 [B, vocab].
 
         Args:
@@ -162,6 +159,18 @@ class DecodeRunner:
             return None
         layer = self._at(self.parts.layers)[0]
         return AlibiSteps(alibi, layer, mask, capacity, next(layer.parameters()).device)
+
+    def graph_obstacle(self) -> str:
+        """Why a step cannot be a CUDA graph, whatever it is given; "" where it can."""
+        rotary = self.parts.rotary
+        if rotary is not None and getattr(self._at(rotary.path), "rope_type", None) not in rotary.static_when:
+            return "the rotary terms are computed anew at each step"
+        for index, layer in enumerate(self._at(self.parts.layers)):
+            if not layer.ops_name.startswith("triton"):
+                return f"{self.parts.layers}.{index}: its operations are {layer.ops_name}"
+            if layer.kept_mlp:
+                return f"{self.parts.layers}.{index}: its MLP is the model's own"
+        return ""
 
     def bind(self, reach: int) -> Step:
         """The parts as they are now: weights may have been moved, cast, tied or resized, and modules exchanged.
@@ -355,6 +364,9 @@ def _linear(module: nn.Module) -> Op:
 
 
 def _head(module: nn.Module) -> Op:
+    if type(module) is nn.Linear and module.weight.is_cuda:
+        weight, bias = module.weight, module.bias
+        return lambda x: product(x, weight, bias)
     if type(module) is not nn.Linear or not _for_onednn(module.weight):
         return _linear(module)
     weight, bias = module.weight, module.bias

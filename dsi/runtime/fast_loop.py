@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from dsi.runtime.graph_run import GraphRun, graph_obstacle
 from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
 from dsi.runtime.route import cache_reason, window_reason
 from dsi.runtime.session import Route, Session, session_of
@@ -108,6 +109,8 @@ class _Loop:
         self.model, self.session, self.settings, self.inputs = model, session, generation_config, model_kwargs
         self.new = generation_config.max_length - input_ids.shape[1]
         self.cache = model_kwargs["past_key_values"]
+        self.own_cache = session.own_cache is self.cache
+        self.graph: GraphRun | None = None
         # a dynamic cache of the user's becomes preallocated in place: its owner sees what is generated
         preallocate_(self.cache, input_ids.shape[1] + min(self.new, RESERVE), session.runner.layers)
         self.positions = self._first_position(model_kwargs.get("position_ids"), input_ids.shape[0])
@@ -131,6 +134,11 @@ class _Loop:
         )
         timed = nullcontext if self.session.timer is None else self.session.timer.decode
         choose = _sampled if settings.do_sample else _greediest
+        self.graph = self._graph_run(ending, _greediest(logits)) if self.new > 1 else None
+        quiet = record.scores is None and record.logits is None and self.session.timer is None
+        if self.graph is not None and quiet and choose is _greediest and ending.plain and not logits_processor:
+            input_ids = self._chained(input_ids, choose(logits), ending, streamer)
+            return self._result(input_ids, record) if wanted else self._release(input_ids)
         while True:
             scores = logits_processor(input_ids, logits)
             record.add(scores, logits)
@@ -145,7 +153,64 @@ class _Loop:
                 logits = self._decode(tokens)
         if streamer is not None:
             streamer.end()
-        return self._result(input_ids, record) if wanted else input_ids
+        if self.graph is not None:
+            self.graph.settle()
+        return self._result(input_ids, record) if wanted else self._release(input_ids)
+
+    # --- on CUDA, in graphs -----------------------------------------------------------------------------------
+
+    def _graph_run(self, ending: _Ending, tokens: Tensor) -> GraphRun | None:
+        """The steps to come as graphs; None where they cannot be. The session's route says which, and why not."""
+        pool, runner = self.session.graphs, self.session.runner
+        assert runner is not None
+        if pool is None:
+            return None
+        reason = graph_obstacle(runner, self.cache, self.new, biased=self.biases is not None)
+        if not reason:
+            end_ids = sorted(ending.end_ids) if ending.plain else []
+            given = (self.positions, self.mask, end_ids, ending.pad_id)
+            run = GraphRun(pool, self.model, runner, self.cache, *given)
+            if run.ready(tokens):
+                self.session.last_route = Route(True, graph=True)
+                return run
+            reason = pool.failure
+        self.session.last_route = Route(True, f"steps without a graph: {reason}")
+        return None
+
+    def _chained(self, input_ids: Tensor, tokens: Tensor, ending: _Ending, streamer: Any) -> Tensor:
+        """Greedy tokens, each step behind the last on the device; the host looks at what came one step later."""
+        assert self.graph is not None
+        columns, watched = [tokens[:, None]], bool(ending.end_ids) or streamer is not None
+        last = self.new if ending.max_length is None else min(self.new, ending.max_length - input_ids.shape[1])
+        steps = self.graph.chain(last - 1)
+        fed = 0
+        if not (watched and _seen(tokens, ending, streamer)):
+            waiting: tuple[Tensor, torch.cuda.Event] | None = None
+            for chosen in steps:
+                columns.append(chosen.clone())
+                if not watched:
+                    continue
+                ahead = _sent(chosen)
+                if waiting is not None and _seen(_arrived(waiting), ending, streamer):
+                    # of the two steps under way only the first was wanted
+                    columns.pop()
+                    waiting = None
+                    break
+                waiting = ahead
+            if waiting is not None:
+                _seen(_arrived(waiting), ending, streamer)
+            fed = len(columns) - 1
+        self.graph.settle(fed)
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([input_ids, *columns], dim=-1)
+
+    def _release(self, input_ids: Tensor) -> Tensor:
+        """The tokens; nobody else will see the cache, so the next call may have it."""
+        pool = self.session.graphs
+        if pool is not None and self.own_cache:
+            pool.give_back(input_ids.shape[0], self.cache)
+        return input_ids
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """float32 logits [B, vocab] after the prompt, which fills the cache."""
@@ -164,6 +229,8 @@ class _Loop:
         return logits
 
     def _decode(self, tokens: Tensor) -> Tensor:
+        if self.graph is not None:
+            return self.graph.take(tokens)
         self.length += 1
         if self.biases is not None:
             mask: Tensor | None = self.biases(self.length)
@@ -178,6 +245,27 @@ class _Loop:
         return GenerateDecoderOnlyOutput(
             sequences=input_ids, scores=record.scores, logits=record.logits, past_key_values=self.cache
         )
+
+
+def _sent(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """Tokens on their way to the host, and what tells that they are there."""
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _arrived(sent: tuple[Tensor, torch.cuda.Event]) -> Tensor:
+    sent[1].synchronize()
+    return sent[0][:, 0]
+
+
+def _seen(tokens: Tensor, ending: _Ending, streamer: Any) -> bool:
+    """Stream the tokens [B]; whether the text ends with them."""
+    if streamer is not None:
+        streamer.put(tokens.cpu())
+    return ending.all_ended(tokens)
 
 
 def _greediest(scores: Tensor) -> Tensor:
@@ -229,13 +317,14 @@ class _Ending:
             self.unfinished = self.unfinished & ~self.criteria(input_ids, scores)
             return bool(self.unfinished.max() == 0)
         too_long = self.max_length is not None and input_ids.shape[1] >= self.max_length
-        return self._all_ended(tokens) or too_long
+        return self.all_ended(tokens) or too_long
 
-    def _all_ended(self, tokens: Tensor) -> bool:
+    def all_ended(self, tokens: Tensor) -> bool:
+        """Whether every row has ended, with these tokens or before."""
         if not self.end_ids:
             return False
         running = [on and token not in self.end_ids for on, token in zip(self.running, tokens.tolist(), strict=True)]
         if running != self.running:
             self.running = running
-            self.unfinished = torch.tensor(running, dtype=torch.long, device=tokens.device)
+            self.unfinished = torch.tensor(running, dtype=torch.long, device=self.unfinished.device)
         return not any(running)

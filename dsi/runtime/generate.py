@@ -19,6 +19,7 @@ from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
 from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
 from dsi.runtime.route import choose_route
 from dsi.runtime.session import Session, session_of
+from dsi.runtime.step_graph import ROUNDED_TO, GraphPool
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,11 +42,13 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             session.prompt = _check(model, session, given)
             session.last_route = choose_route(model, session, given)
+            if session.graphs is None and model.device.type == "cuda":
+                session.graphs = GraphPool()
             if session.last_route.fast:
                 given["custom_generate"] = fast_sample
             return stock(model, **given)
         finally:
-            session.prompt = outer
+            session.prompt, session.own_cache = outer, None
 
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -69,7 +72,15 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     type(model)._prepare_cache_for_generation(*bound.args, **bound.kwargs)
     made = model_kwargs.get("past_key_values")
     if brought is None and made is not None and type(made) is DynamicCache and not made.offloading:
-        model_kwargs["past_key_values"] = PreallocatedCache.of(made, min(total, prompt.length + RESERVE))
+        needed = min(total, prompt.length + RESERVE)
+        lent = None
+        if session.graphs is not None and session.last_route is not None and session.last_route.fast:
+            # a cache that a captured step writes to already
+            rows = int(bound.arguments["batch_size"]) * (generation_config.num_return_sequences or 1)
+            needed = -(-needed // ROUNDED_TO) * ROUNDED_TO
+            lent = session.graphs.lend(rows, needed)
+        session.own_cache = PreallocatedCache.of(made, needed) if lent is None else lent
+        model_kwargs["past_key_values"] = session.own_cache
 
 
 def extract_mode_kwargs(model: Any, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

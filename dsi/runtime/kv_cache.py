@@ -36,6 +36,8 @@ class PreallocatedLayer(DynamicLayer):
     """
 
     is_compileable = False
+    # how much of the buffers is filled, where only the device knows it
+    filled: Tensor | None = None
 
     keys: Tensor
     values: Tensor
@@ -114,6 +116,21 @@ class PreallocatedLayer(DynamicLayer):
     def visible(self) -> tuple[Tensor, Tensor]:
         """What the position that was last appended sees, itself included: all keys and values."""
         return self.keys, self.values
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The memory behind `keys` and `values`, each [B, kv_heads, capacity, head_dim]."""
+        return self._key_buffer, self._value_buffer
+
+    def make_room(self, positions: int) -> None:
+        """Larger buffers, where these have no room for so many positions more."""
+        if self._length + positions > self.capacity:
+            self._grow(self._length + positions)
+            self._show()
+
+    def advance(self, positions: int) -> None:
+        """So many positions more count as filled: somebody has written them to the buffers."""
+        self._length += positions
+        self._show()
 
     def seen(self, mask: Tensor) -> Tensor:
         """Of a mask [B, 1, 1, T] over all positions, the next one last: the part that the next position sees."""

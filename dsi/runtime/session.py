@@ -13,10 +13,14 @@ from dsi.policy import Policy
 
 if TYPE_CHECKING:
     from dsi.runtime.decode import DecodeRunner
+    from dsi.runtime.kv_cache import PreallocatedCache
     from dsi.runtime.limits import Prompt
+    from dsi.runtime.step_graph import GraphPool
 
 # where the session hangs: in the model's __dict__, past nn.Module.__setattr__
 ATTRIBUTE = "_dsi"
+# what a copy of the model does not take along
+_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache")
 
 
 class Timer(Protocol):
@@ -35,11 +39,13 @@ class Route:
 
     Args:
         fast: dsi's own, otherwise transformers'.
-        reason: why not dsi's; empty where it is.
+        reason: why not dsi's; where it is, on CUDA, why its steps were no graphs.
+        graph: its steps were CUDA graphs.
     """
 
     fast: bool
     reason: str = ""
+    graph: bool = False
 
 
 @attrs.define(kw_only=True, slots=False, eq=False)
@@ -55,6 +61,8 @@ class Session:
         lock: held for the length of a `generate` call.
         last_route: what the latest `generate` call did.
         prompt: of the call that runs now.
+        graphs: captured decode steps, on CUDA.
+        own_cache: made for the call that runs now; its caller never had it.
     """
 
     runner: DecodeRunner | None = None
@@ -66,16 +74,23 @@ class Session:
     lock: Any = attrs.field(factory=threading.RLock, repr=False)
     last_route: Route | None = None
     prompt: Prompt | None = attrs.field(default=None, repr=False)
+    # None until the first call that could use it
+    graphs: GraphPool | None = attrs.field(default=None, repr=False)
+    own_cache: PreallocatedCache | None = attrs.field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("lock", "prompt")}
+        state = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("lock", "prompt", "graphs", "own_cache")
+        }
         if isinstance(self.config.injection_policy, Policy):
             # a policy holds functions and read-only mappings, which cannot be copied, and was for the injection alone
             state["config"] = attrs.evolve(self.config, injection_policy=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), prompt=None)
+        self.__dict__.update(state, lock=threading.RLock(), prompt=None, graphs=None, own_cache=None)
 
 
 def session_of(model: Any) -> Session:

@@ -32,6 +32,8 @@ class PreallocatedSlidingLayer(DynamicSlidingWindowLayer):
     """
 
     is_compileable = False
+    # how much of the buffers is filled, where only the device knows it
+    filled: Tensor | None = None
 
     keys: Tensor
     values: Tensor

@@ -335,7 +335,7 @@ def test_the_table_grows_and_is_kept(monkeypatch):
     pair = make_pair("llama")
     calls = []
     terms = rope_table._terms
-    monkeypatch.setattr(rope_table, "_terms", lambda *args: calls.append(args[2]) or terms(*args))
+    monkeypatch.setattr(rope_table, "_terms", lambda *args, **how: calls.append(args[2]) or terms(*args, **how))
     check(pair, **pair.inputs(1, 3), max_new_tokens=30)
     assert calls == [4, 8, 16, 32]
     check(pair, **pair.inputs(3, 6, "ragged"), max_new_tokens=20)

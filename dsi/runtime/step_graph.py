@@ -1,0 +1,226 @@
+"""One decode step as a CUDA graph: embedding, layers, norm, head and the choice of the token, no host in between.
+
+A graph holds addresses: of the weights, of the cache's buffers, of its own few inputs. Whatever a step needs to know,
+how much of the cache is filled, where the tokens stand, which rows have ended, lies on the device and is moved on by
+the graph itself, so that steps chain without a word from the host. A pool keeps the latest graphs, and the caches that
+they write to; a graph whose addresses are no longer the model's is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dsi.containers.ops import Heads, graph_kernels
+from dsi.runtime.decode import DecodeRunner, Step
+from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+
+logger = logging.getLogger(__name__)
+
+# graphs, each with its cache, that a model keeps: one for each batch size and kind of mask
+KEPT = 4
+# positions that caches for graphs are rounded up to, so that a longer text does not ask for a graph of its own at once
+ROUNDED_TO = 256
+
+
+class GraphLayer:
+    """A cache layer as a graph sees it: whole buffers, and on the device how much of them is filled.
+
+    Args:
+        layer: whose buffers they are.
+        start: int64 [], where the new position is written.
+        filled: int64 [], positions filled, the new one included.
+    """
+
+    def __init__(self, layer: PreallocatedLayer, start: Tensor, filled: Tensor) -> None:
+        self.keys, self.values = layer.buffers()
+        self.start, self.filled = start, filled
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one position a row; returns the buffers."""
+        at = self.start.view(1)
+        self.keys.index_copy_(2, at, keys)
+        self.values.index_copy_(2, at, values)
+        return self.keys, self.values
+
+    def reserve(self, batch: int, shape: Heads, length: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of `PreallocatedLayer`, the position as a tensor."""
+        return self.start, self.keys, self.values
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """The buffers."""
+        return self.keys, self.values
+
+    def seen(self, mask: Tensor) -> Tensor:
+        """The mask itself."""
+        return mask
+
+
+@attrs.frozen
+class GraphKey:
+    """What a graph was captured for.
+
+    Args:
+        batch: rows.
+        masked: some positions are padding.
+        ends: how many end tokens there are.
+    """
+
+    batch: int
+    masked: bool
+    ends: int
+
+
+class StepGraph:
+    """A captured step and its inputs.
+
+    Args:
+        step: the model's parts, bound for as many positions as the cache has room for.
+        cache: filled by the prompt; its next position is written to while the graph is made.
+        key: what it is for.
+        pool: of the allocator, shared by the graphs of one model.
+    """
+
+    def __init__(self, step: Step, cache: PreallocatedCache, key: GraphKey, pool: Any) -> None:
+        layers: list[Any] = cache.layers
+        device, rows = layers[0].keys.device, key.batch
+        self.key, self.step, self.capacity = key, step, min(layer.capacity for layer in layers)
+        integers = {"dtype": torch.int64, "device": device}
+        self.tokens, self.positions = torch.zeros(rows, 1, **integers), torch.zeros(rows, 1, **integers)
+        self.start, self.slot = torch.zeros((), **integers), torch.zeros(1, **integers)
+        self.history = torch.zeros(rows, self.capacity, **integers)
+        self.ends, self.pad = torch.full((max(key.ends, 1),), -1, **integers), torch.zeros((), **integers)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.mask = torch.ones(rows, 1, 1, self.capacity, dtype=torch.bool, device=device) if key.masked else None
+        self.filled = torch.zeros((), **integers)
+        self.start.fill_(cache.get_seq_length())
+        self.layers = [GraphLayer(layer, self.start, self.filled) for layer in layers]
+        self.graph, self.logits = self._captured(pool)
+
+    def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        start = self.start.clone()
+        stream = torch.cuda.Stream(self.start.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), graph_kernels():
+            # compiles the kernels, and sets up what the libraries set up at their first call
+            self._run()
+            self.start.copy_(start)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), graph_kernels():
+            logits = self._run()
+        return graph, logits
+
+    def _run(self) -> Tensor:
+        torch.add(self.start, 1, out=self.filled)
+        logits = self.step(self.tokens, self.positions, self.layers, self.mask)
+        chosen = torch.argmax(logits, dim=-1)
+        if self.key.ends:
+            chosen = torch.where(self.finished, self.pad, chosen)
+            self.finished.logical_or_((chosen[:, None] == self.ends).any(1))
+        self.tokens.copy_(chosen[:, None])
+        self.history.index_copy_(1, self.slot, self.tokens)
+        self.start.add_(1)
+        self.slot.add_(1)
+        self.positions.add_(1)
+        return logits
+
+    def begin(self, tokens: Tensor, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
+        """Set a text's state.
+
+        Args:
+            tokens: int64 [B], the first tokens to feed.
+            positions: where they stand.
+            length: positions in the cache.
+            mask: bool [B, 1, 1, T], True = attend, or None; T at most the capacity.
+        """
+        self.tokens.copy_(tokens[:, None])
+        self.positions.copy_(positions) if isinstance(positions, Tensor) else self.positions.fill_(positions)
+        self.start.fill_(length)
+        self.slot.fill_(1)
+        self.history[:, 0] = tokens
+        self.finished.fill_(False)
+        if self.mask is not None and mask is not None:
+            self.mask.fill_(True)
+            self.mask[..., : mask.shape[-1]] = mask
+
+    def set_ends(self, end_ids: list[int], pad: Tensor | None) -> None:
+        """The tokens that end a row, and what follows them."""
+        if self.key.ends:
+            self.ends.copy_(torch.tensor(end_ids, dtype=torch.int64))
+            self.finished.copy_((self.tokens == self.ends).any(1))
+            assert pad is not None, "transformers gives a padding token wherever there is an end token"
+            self.pad.copy_(pad.view(()))
+
+    def replay(self) -> Tensor:
+        """One step: float32 logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
+        self.graph.replay()
+        return self.logits
+
+
+class GraphPool:
+    """The graphs of one model, least recently used out, each with the cache that it writes to."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[GraphKey, tuple[tuple[int, ...], StepGraph]] = OrderedDict()
+        self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
+        self._memory: Any = None
+        self.failure = ""
+
+    def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
+        """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
+
+        Whoever keeps it beyond the call does not give it back.
+        """
+        cache = self._caches.pop(batch, None)
+        if cache is None or min(layer.capacity for layer in cache.layers) < positions:
+            return None
+        cache.reset()
+        return cache
+
+    def give_back(self, batch: int, cache: PreallocatedCache) -> None:
+        """The cache is nobody's any more."""
+        self._caches[batch] = cache
+        while len(self._caches) > KEPT:
+            self._caches.popitem(last=False)
+
+    def get(self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey) -> StepGraph | None:
+        """A graph for this cache; None where capturing failed, once and for all."""
+        if self.failure:
+            return None
+        addresses = _addresses(model, cache)
+        found = self._graphs.pop(key, None)
+        if found is None or found[0] != addresses:
+            # let go of the old one's memory before the new one asks for its own
+            found = None
+            made = self._make(runner, cache, key)
+            if made is None:
+                return None
+            found = addresses, made
+        self._graphs[key] = found
+        while len(self._graphs) > KEPT:
+            self._graphs.popitem(last=False)
+        return found[1]
+
+    def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey) -> StepGraph | None:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        try:
+            capacity = min(layer.capacity for layer in cache.layers)
+            return StepGraph(runner.bind(capacity), cache, key, self._memory)
+        except RuntimeError as error:
+            # steps without a graph are right; what stood in the way is told, and not tried again
+            self.failure = f"capturing a decode step failed: {error}"
+            logger.warning("%s", self.failure)
+            return None
+
+
+def _addresses(model: nn.Module, cache: PreallocatedCache) -> tuple[int, ...]:
+    weights = (parameter.data_ptr() for parameter in model.parameters())
+    buffers = (buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
+    return (*weights, *buffers)

@@ -1,0 +1,195 @@
+"""Decode steps as CUDA graphs: the same tokens as stock, whatever came before and whatever comes after."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import dsi
+from tests.support.models import CAUSAL, inputs_for, tiny
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+
+
+class Pair:
+    """A stock model and an injected copy of it, both on the device."""
+
+    def __init__(self, family: str, **settings: Any) -> None:
+        self.family = family
+        self.stock = tiny(family, **settings).to(DEVICE)
+        self.ours = copy.deepcopy(self.stock)
+        self.engine = dsi.init_inference(self.ours)
+
+    def inputs(self, batch: int = 1, seq: int = 7, pad: Any = None, seed: int = 0) -> dict[str, Any]:
+        return {name: x.to(DEVICE) for name, x in inputs_for(self.family, batch, seq, pad, seed=seed).items()}
+
+    def check(self, given: dict[str, Any], **arguments: Any) -> Any:
+        """Both generate the same, in graphs; returns dsi's result."""
+        settings = {"max_new_tokens": 12, "do_sample": False, **arguments}
+        wanted, found = self.stock.generate(**given, **settings), self.engine.generate(**given, **settings)
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(found, wanted)
+        else:
+            assert torch.equal(found.sequences, wanted.sequences)
+        route = self.ours._dsi.last_route
+        assert route.graph, route.reason
+        return found
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """fp32 products in fp32, on both sides."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_greedy(family: str, batch: int, pad: Any) -> None:
+    pair = Pair(family)
+    for turn in range(3):
+        pair.check(pair.inputs(batch, 5 + 3 * turn, pad, seed=turn))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_end_tokens(watched: bool) -> None:
+    pair = Pair("llama")
+    given = pair.inputs(3, 6, "left")
+    free = pair.stock.generate(**given, max_new_tokens=12, do_sample=False)
+    # tokens that come early in one row and late in another
+    ends = [int(free[0, 7]), int(free[1, 10]), int(free[2, 9])]
+    for model in (pair.stock, pair.ours):
+        model.generation_config.pad_token_id = 0
+    streamed = [_Recorder() if watched else None for _ in range(2)]
+    for count in range(1, 4):
+        pair.check(given, eos_token_id=ends[:count])
+    if watched:
+        one = pair.inputs(1, 6)
+        for model, streamer in zip((pair.stock, pair.ours), streamed, strict=True):
+            model.generate(**one, eos_token_id=ends, max_new_tokens=9, do_sample=False, streamer=streamer)
+        assert streamed[0].tokens == streamed[1].tokens
+        assert streamed[1].ended
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.tokens, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.extend(value.view(-1).tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+        {"return_dict_in_generate": True},
+        {"min_new_tokens": 5},
+    ],
+    ids="+".join,
+)
+def test_processors_and_records(arguments: dict[str, Any]) -> None:
+    pair = Pair("llama")
+    pair.check(pair.inputs(2, 6), **arguments)
+
+
+def test_a_seed_samples_the_same_tokens_with_and_without_graphs() -> None:
+    pair = Pair("llama")
+    given, drawn = pair.inputs(2, 7), []
+    for graphs in (True, False, True):
+        pair.ours._dsi.graphs = None
+        torch.manual_seed(3)
+        if not graphs:
+            drawn.append(pair.stock.generate(**given, do_sample=True, top_k=9, max_new_tokens=12))
+        else:
+            drawn.append(pair.engine.generate(**given, do_sample=True, top_k=9, max_new_tokens=12))
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_a_text_outgrows_its_cache(monkeypatch: Any) -> None:
+    from dsi.runtime import fast_loop, generate, step_graph
+
+    for module in (fast_loop, generate):
+        monkeypatch.setattr(module, "RESERVE", 4)
+    for module in (generate, step_graph):
+        monkeypatch.setattr(module, "ROUNDED_TO", 1)
+    pair = Pair("llama")
+    for count in (40, 23, 50):
+        pair.check(pair.inputs(2, 6, "left"), max_new_tokens=count)
+        pair.check(pair.inputs(1, 6), max_new_tokens=count, eos_token_id=[66])
+
+
+def test_what_was_returned_stays_what_it_was() -> None:
+    pair = Pair("llama")
+    first = pair.check(pair.inputs(2, 6), return_dict_in_generate=True)
+    keys, ids = first.past_key_values.layers[0].keys.clone(), first.sequences.clone()
+    pair.check(pair.inputs(2, 9, seed=4))
+    assert torch.equal(first.past_key_values.layers[0].keys, keys)
+    assert torch.equal(first.sequences, ids)
+    # and can be gone on from
+    more = torch.cat([first.sequences, torch.full((2, 1), 9, device=DEVICE)], 1)
+    again = pair.engine.generate(more, past_key_values=first.past_key_values, max_new_tokens=6, do_sample=False)
+    assert torch.equal(again, pair.stock.generate(more, max_new_tokens=6, do_sample=False))
+
+
+def test_other_weights() -> None:
+    pair, other = Pair("llama"), tiny("llama", seed=5).to(DEVICE)
+    given = pair.inputs(1, 6)
+    pair.check(given)
+    for model in (pair.stock, pair.ours):
+        model.load_state_dict(other.state_dict())
+    pair.check(given)
+    pair.engine.restore()
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(pair.ours.generate(**given, **settings), pair.stock.generate(**given, **settings))
+
+
+def test_any_order_of_shapes() -> None:
+    pair, order = Pair("gpt2"), random.Random(0)
+    for turn in range(40):
+        batch, seq = order.choice([1, 2, 4, 8]), order.randint(1, 20)
+        pair.check(
+            pair.inputs(batch, seq, order.choice([None, "left"]), seed=turn), max_new_tokens=order.randint(5, 15)
+        )
+
+
+def test_replays_are_equal_bit_for_bit() -> None:
+    pair = Pair("llama", dtype=torch.bfloat16)
+    given = pair.inputs(1, 9)
+    settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first = pair.engine.generate(**given, **settings).logits
+    for _ in range(20):
+        again = pair.engine.generate(**given, **settings).logits
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_memory_is_flat_and_given_back() -> None:
+    transformers.set_seed(0)
+    pair = Pair("llama")
+    torch.cuda.synchronize()
+    sizes = []
+    for turn in range(30):
+        pair.engine.generate(**pair.inputs(1 + turn % 3, 4 + turn % 5), max_new_tokens=8, do_sample=False)
+        torch.cuda.synchronize()
+        sizes.append(torch.cuda.memory_allocated())
+    assert len(set(sizes[15:])) == 1
+    before = sizes[-1]
+    pair.engine.restore()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() < before
