@@ -302,3 +302,16 @@ def test_the_mixed_table_takes_torch_s_attention_and_kernels_around_it():
 def test_calls_name_their_attention():
     with pytest.raises(TypeError, match="one string"):
         Call(attention="eager")
+
+
+@pytest.mark.parametrize("kind", ["biases", "biased mask", "repeated, biased mask"])
+def test_rows_of_nothing_but_padding_are_even_in_fp16_too(kind):
+    # fp16's least number does not swallow the scores that are added to it
+    stock = positioned(kind, dtype=torch.float16)
+    pair, given = twins_of(stock, {"strict": True}), inputs("left")
+    padding = given["attention_mask"] == 0
+    with torch.no_grad():
+        reference = copy.deepcopy(stock).float()(**given).logits
+        found = pair.model(**given).logits
+    error = (found.float() - reference).norm(dim=-1) / reference.norm(dim=-1)
+    assert float(error[padding].max()) <= 1.2 * float(error[~padding].max()) + 0.02
