@@ -16,7 +16,9 @@ def take(piece: Piece, whole: Tensor) -> Tensor:
     if piece.dim is None:
         return whole.clone()
     runs = [whole.narrow(piece.dim, start, stop - start) for start, stop in piece.runs]
-    return torch.cat(runs, piece.dim) if len(runs) > 1 else runs[0].clone(memory_format=torch.contiguous_format)
+    if len(runs) == 1:
+        return runs[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(runs, piece.dim) if runs else whole.narrow(piece.dim, 0, 0).clone()
 
 
 def split(tensors: Mapping[str, Tensor], shard: LayerShard) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -50,9 +51,8 @@ def test_a_model_at_hand():
 # --- ranks that fail --------------------------------------------------------------------------------------------------
 
 
-def children() -> set[str]:
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False)
-    return set(done.stdout.split())
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def test_a_rank_that_raises_is_named_with_what_it_said():
@@ -137,11 +137,7 @@ def _wait_for(path: Path) -> int:
 
 
 def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_an_ask_for_the_forward_alone():
