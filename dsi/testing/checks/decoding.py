@@ -105,7 +105,10 @@ def greedy_generate(subject: Subject) -> Outcome:
     padded = subject.inputs(3, 7, "left", seed=2)
     padded["attention_mask"][0] = 1
     _generated(subject, padded, "greedy search, three rows, two padded on the left", mend)
-    return passed(f"greedy search gives stock's {NEW_TOKENS} tokens a row")
+    worst = _generated_logits(subject, padded)
+    return passed(
+        f"greedy search gives stock's {NEW_TOKENS} tokens a row", measured=worst, allowed=subject.tolerances.fp32
+    )
 
 
 def beam_generate(subject: Subject) -> Outcome:
@@ -126,3 +129,16 @@ def _generated(subject: Subject, inputs: dict[str, Any], what: str, mend: str, *
     if not torch.equal(found, wanted):
         differ = "another length" if found.shape != wanted.shape else f"{int((found != wanted).sum())} tokens differ"
         raise Failed(what, measured=differ, allowed="equal tokens", mend=mend)
+
+
+def _generated_logits(subject: Subject, inputs: dict[str, Any]) -> float:
+    """The largest difference of the logits behind the tokens, which forgive much: a cap keeps their order."""
+    pair, logits = subject.twins(), []
+    for model in (pair.model, pair.stock):
+        given = {name: value.clone() for name, value in inputs.items()}
+        wanted = {"return_dict_in_generate": True, "output_logits": True}
+        output = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, **wanted)
+        logits.append(torch.stack(output.logits))
+    found, stock = logits
+    mend = "CausalLM names all that the model does around its layers: norms, projections, positions, a cap of logits"
+    return _check(subject, found, stock, "logits of greedy search", mend)
