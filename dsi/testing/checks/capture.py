@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from dsi.testing.compare import check_same, distance, tensors
+from dsi.testing.compare import check_same, distance, forward, tensors
 from dsi.testing.report import Failed, Outcome, absent, passed
 from dsi.testing.subject import Subject
 
 
 def hidden_states(subject: Subject) -> Outcome:
-    """`output_hidden_states=True`: all of them, of every layer; and nothing else changes."""
+    """`output_hidden_states=True`: all of them, of every layer, also where they were asked for before the injection."""
+    inputs, worst = subject.inputs(2, 6), 0.0
+    early = subject.fresh()
+    # transformers puts its recorders on the layers at the first request, and never again
+    forward(early, inputs, output_hidden_states=True)
+    subject.inject(early)
     pair = subject.twins()
-    inputs = subject.inputs(2, 6)
-    found, wanted = subject.both(pair, inputs, output_hidden_states=True)
-    worst = check_same(
-        found,
-        wanted,
-        subject.tolerances.fp32,
-        what="output_hidden_states=True",
-        mend="a container is an instance of the stock layer's class and keeps its hook tables; it returns the hidden "
-        "states as stock does",
-    )
+    for when, model in (("", pair.model), (", first asked for before the injection", early)):
+        worst = max(
+            worst,
+            check_same(
+                forward(model, inputs, output_hidden_states=True),
+                forward(pair.stock, inputs, output_hidden_states=True),
+                subject.tolerances.fp32,
+                what=f"output_hidden_states=True{when}",
+                mend="a container is an instance of the stock layer's class, shares its hook tables, returns what "
+                "stock returns and does not write over its input",
+            ),
+        )
     return passed("hidden states equal stock's", measured=worst, allowed=subject.tolerances.fp32)
 
 

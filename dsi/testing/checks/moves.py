@@ -26,12 +26,12 @@ def dtype_moves(subject: Subject) -> Outcome:
         found, wanted = forward(pair.model.to(dtype), given), forward(stock.to(dtype), given)
         ours, theirs = _error(found, exact), _error(wanted, exact)
         dtypes = [{t.dtype for _, t in tensors(one)} for one in (found, wanted)]
-        # the weights are rounded anew by each cast, so one draw decides: no more than half over stock's own
-        if dtypes[0] != dtypes[1] or not ours <= 1.5 * theirs:
+        # one draw, and the weights are rounded anew by each cast: what is lost here is a tensor left behind, not a bit
+        if dtypes[0] != dtypes[1] or not ours <= 3 * theirs:
             raise Failed(
                 f"a forward after .to({dtype})",
                 measured=f"{ours:.2g}, {dtypes[0]}",
-                allowed=f"{1.5 * theirs:.2g}, {dtypes[1]}",
+                allowed=f"{3 * theirs:.2g}, {dtypes[1]}",
                 mend=_CAST,
             )
     given = forward(pair.model.float(), inputs)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from dsi.config import load_config
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import NormOp
 from dsi.fit import class_name
-from dsi.planner import BlockPlan, SlotPlan, make_plan
+from dsi.planner import BlockPlan, SlotPlan
 from dsi.policy import Block
 from dsi.testing.compare import check_same, forward
 from dsi.testing.report import Failed, Outcome, failed, passed
@@ -167,23 +165,3 @@ def _check_left(subject: Subject) -> None:
                 allowed=type(module).__name__,
                 mend="a container stands in the place of its own layer and touches nothing else",
             )
-
-
-def skeleton_plan(subject: Subject) -> Outcome:
-    """A model without weights, on the meta device, gets the plan of the loaded one."""
-    wanted = subject.plan.to_dict()
-    with torch.device("meta"):
-        skeleton = subject.model_class(copy.deepcopy(subject.config)).eval()
-    for parameter in skeleton.parameters():
-        parameter.data = parameter.data.to(torch.float32)
-    config = load_config(None, {"injection_policy": subject.policy})
-    made = make_plan(skeleton, config, subject.registry, assume_loaded=True).to_dict()
-    different = sorted(key for key in wanted if made[key] != wanted[key] and key != "device")
-    if different:
-        return failed(
-            f"the plan of a skeleton differs in {', '.join(different)}",
-            measured=f"{len(different)} differences",
-            allowed="none",
-            mend="read facts from the config and from attributes, never from the values of weights",
-        )
-    return passed("the plan of a skeleton is the plan of the loaded model")

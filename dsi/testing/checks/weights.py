@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsi.config import load_config
+from dsi.planner import make_plan
 from dsi.testing.compare import check_same, forward, same_bits
 from dsi.testing.report import Failed, Outcome, failed, passed
 from dsi.testing.subject import Subject
@@ -70,11 +72,14 @@ def save_pretrained_round_trip(subject: Subject) -> Outcome:
     return passed("the stock class reads what save_pretrained wrote, bit for bit")
 
 
-def streamed_load(subject: Subject) -> Outcome:
-    """Built on the meta device, weights assigned, then injected: what a streaming loader does."""
+def meta_load(subject: Subject) -> Outcome:
+    """Built on the meta device, planned, weights assigned, then injected: what a streaming loader does."""
     stock = subject.stock()
     with torch.device("meta"):
         model = subject.model_class(copy.deepcopy(subject.config)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+    _check_plan(subject, model)
     model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=True)
     model.tie_weights()
     _copy_unsaved_(model, stock)
@@ -87,7 +92,22 @@ def streamed_load(subject: Subject) -> Outcome:
         what="a forward of a model built on the meta device",
         mend="read everything from the layer when the container is made, nothing when the stock layer is",
     )
-    return passed("a streamed model equals stock", measured=worst, allowed=subject.tolerances.fp32)
+    what = "a model built on the meta device gets the same plan, and equals stock once it is loaded"
+    return passed(what, measured=worst, allowed=subject.tolerances.fp32)
+
+
+def _check_plan(subject: Subject, skeleton: nn.Module) -> None:
+    config = load_config(None, {"injection_policy": subject.policy})
+    made = make_plan(skeleton, config, subject.registry, assume_loaded=True).to_dict()
+    wanted = subject.plan.to_dict()
+    different = sorted(key for key in wanted if made[key] != wanted[key] and key != "device")
+    if different:
+        raise Failed(
+            f"the plan of a skeleton differs in {', '.join(different)}",
+            measured=f"{len(different)} differences",
+            allowed="none",
+            mend="read facts from the config and from attributes, never from the weights",
+        )
 
 
 def _copy_unsaved_(model: nn.Module, stock: nn.Module) -> None:
