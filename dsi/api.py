@@ -57,21 +57,24 @@ def init_inference(model: nn.Module, config: ConfigSource = None, **kwargs: Any)
             claimed.
         InjectionError: a step failed, or the model is optimized already. In every case the model is what it was.
     """
-    settings = load_config(config, kwargs)
+    return optimize(model, load_config(config, kwargs))
+
+
+def optimize(model: nn.Module, settings: InferenceConfig, group: Group | None = None) -> InferenceEngine:
+    """`init_inference` with the options read; as one rank of a group, where one is given.
+
+    Args:
+        model: see `init_inference`.
+        settings: the options.
+        group: the ranks over which the layers are split.
+
+    Raises:
+        DsiError: see `init_inference` and `dsi.inject.inject`.
+    """
     if isinstance(model, nn.Module) and (where := _optimized(model)) is not None:
         raise InjectionError(f"{where} is optimized already", hint="call restore() on its engine first")
     made = make_plan(model, settings, Registry.load())
     _complain(made, settings)
-    return build(model, made, settings)
-
-
-def build(model: nn.Module, made: Plan, settings: InferenceConfig, group: Group | None = None) -> InferenceEngine:
-    """The engine of a plan that is made true.
-
-    Args:
-        model, made, settings: see `dsi.inject.inject`.
-        group: the ranks over which the layers are split.
-    """
     session = None
 
     def attach(injection: Any) -> None:
@@ -102,4 +105,4 @@ def _complain(made: Plan, settings: InferenceConfig) -> None:
                 "strict=True, and these would be left alone:\n  " + "\n  ".join(passed_over or [made.why_nothing])
             )
     if not made.blocks:
-        warnings.warn(f"dsi replaced nothing: {made.why_nothing}", UserWarning, stacklevel=3)
+        warnings.warn(f"dsi replaced nothing: {made.why_nothing}", UserWarning, stacklevel=4)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dsi import parallel
-from dsi.api import build
+from dsi.api import optimize
 from dsi.config import load_config
 from dsi.engine import InferenceEngine
 from dsi.fit import submodule
 from dsi.parallel import Group, LayerShard, ProcessGroup, shard_layer, thread_groups
-from dsi.planner import Plan, make_plan
-from dsi.registry import Registry
+from dsi.planner import Plan
 
 T = TypeVar("T")
 
@@ -93,8 +92,7 @@ def init_rank(model: nn.Module, group: Group, **options: Any) -> InferenceEngine
         SplitError: a layer does not split over that many ranks; the model is what it was.
         DsiError: see `dsi.init_inference`.
     """
-    settings = load_config(None, options)
-    return build(model, make_plan(model, settings, Registry.load()), settings, group)
+    return optimize(model, load_config(None, options), group)
 
 
 def layer_shards(model: nn.Module, plan: Plan, size: int) -> dict[str, tuple[LayerShard, ...]]:

@@ -64,12 +64,6 @@ class ShardedContainer(Container):
         """Whether a mask is for one head, or for all of them."""
         return mask is None or "heads" not in self.shard.facts or mask.shape[1] in (1, self.all_heads)
 
-    def decode(self, hidden: Tensor, kv: Any, rope: Any, mask: Tensor | None) -> Tensor:
-        """As the container's, with a mask of all heads or of one."""
-        decode: Any = super()
-        result: Tensor = decode.decode(hidden, kv, rope, self.own_heads(mask))
-        return result
-
     # --- what takes the whole layer -----------------------------------------------------------------------------
 
     def _refuse(self, what: str) -> NoReturn:
@@ -89,6 +83,16 @@ class ShardedContainer(Container):
         self._refuse("load_state_dict()")
 
 
+class ShardedDecoder(ShardedContainer):
+    """As `ShardedContainer`, of a container with a decode step."""
+
+    def decode(self, hidden: Tensor, kv: Any, rope: Any, mask: Tensor | None) -> Tensor:
+        """As the container's, with a mask of all heads or of one."""
+        decoder: Any = super()
+        result: Tensor = decoder.decode(hidden, kv, rope, self.own_heads(mask))
+        return result
+
+
 def sharded_class(container: type[Container]) -> type[ShardedContainer]:
     """The class of a container that holds a part of its layer."""
     return _sharded_class(container)  # type: ignore[arg-type]  # torch's modules hash, whatever mypy reads
@@ -96,6 +100,6 @@ def sharded_class(container: type[Container]) -> type[ShardedContainer]:
 
 @functools.cache
 def _sharded_class(container: type[Container]) -> type[ShardedContainer]:
-    bases = (ShardedContainer, container)
+    bases = (ShardedDecoder if hasattr(container, "decode") else ShardedContainer, container)
     cls: type[ShardedContainer] = type(container.__name__, bases, {"__module__": container.__module__})
     return cls

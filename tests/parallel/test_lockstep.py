@@ -286,3 +286,42 @@ def test_the_sum_is_taken_in_the_order_of_the_ranks():
 def test_an_ask_leaves_gradients_off():
     subject = built_in("bert")
     assert all(not t.requires_grad for t in ranks.lockstep(subject.model, Ask(subject.ask.inputs), 2)[1].outputs)
+
+
+# --- as init_inference ------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_decodes_in_dsi_s_loop():
+    subject = built_in("llama")
+
+    def work(engine):
+        subject.ask(engine)
+        return engine.module._dsi.last_route
+
+    assert [route.fast for route in ranks.lockstep(subject.model, work, 2)] == [True, True]
+
+
+def test_strict_means_what_it_means():
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(UnsupportedModelError, match="strict=True, and these would be left alone"):
+        ranks.lockstep(other, lambda engine: None, 2)
+
+
+def test_a_model_that_is_split_is_not_split_again():
+    engine = rank_of(built_in("bert"))
+    with pytest.raises(InjectionError, match="is optimized already"):
+        init_rank(engine.module, thread_groups(2)[0])
+
+
+def test_an_encoder_has_no_decode_step():
+    bert, llama = (containers(rank_of(built_in(family)).module)[0] for family in ("bert", "llama"))
+    assert (hasattr(bert, "decode"), hasattr(llama, "decode")) == (False, True)
+
+
+def test_a_mask_of_other_heads_is_refused():
+    container = containers(rank_of(built_in("bert")).module)[0]
+    hidden = torch.randn(1, 3, 32)
+    for heads in (1, 8):
+        assert container._understand((hidden, torch.zeros(1, heads, 3, 3)), {}).mask.shape[1] == min(heads, 4)
+    with pytest.raises(UnsupportedModelError, match="a call that only the stock layer knows"):
+        container(hidden, torch.zeros(1, 4, 3, 3))
