@@ -16,6 +16,8 @@ from tests.support.models import CAUSAL, inputs_for, tiny
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
+# their rotary terms depend on the length of the text
+ANEW = ("llama_dynamic", "llama_longrope")
 
 
 class Pair:
@@ -39,7 +41,10 @@ class Pair:
         else:
             assert torch.equal(found.sequences, wanted.sequences)
         route = self.ours._dsi.last_route
-        assert route.graph, route.reason
+        if self.family in ANEW:
+            assert route.reason == "steps without a graph: the rotary terms are computed anew at each step"
+        else:
+            assert route.graph, route.reason
         return found
 
 

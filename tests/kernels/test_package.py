@@ -66,7 +66,8 @@ qkv, q = torch.randn(1, 1, 24), torch.randn(1, 1, 1, 8)
 calls = {
     "rms_norm": (x, w), "layer_norm": (x, w, w), "add_rms_norm": (x, x, w), "add_layer_norm": (x, x, w, w),
     "gated_activation": (x, "silu"), "bias_activation": (x, w, "gelu"),
-    "matvec": (x[:1], x), "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
+    "matvec": (x[:1], x),
+    "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
 }
 for op, operands in calls.items():
     getattr(dk, op + "_reference")(*operands)
