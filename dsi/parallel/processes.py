@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from dsi.errors import RankError
+from dsi.parallel.parcel import get, put
 
 T = TypeVar("T")
 
@@ -58,13 +57,13 @@ def run_gloo(work: Callable[..., T], size: int, *args: Any, timeout: float = 120
             _await(processes, folder, time.monotonic() + timeout, timeout)
         finally:
             _end(processes)
-        return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
+        return [get(folder / f"result-{rank}.pt") for rank in range(size)]
 
 
 def _write(folder: Path, work: Callable[..., Any], size: int, args: Sequence[Any], timeout: float) -> None:
     (folder / "paths.json").write_text(json.dumps([path or os.getcwd() for path in sys.path]))
     try:
-        torch.save({"work": work, "args": tuple(args), "size": size, "timeout": timeout}, folder / "work.pt")
+        put(folder / "work.pt", {"work": work, "args": tuple(args), "size": size, "timeout": timeout})
     except Exception as error:
         raise RankError(
             f"the ranks cannot be given {getattr(work, '__qualname__', work)!r} and its arguments: {error}",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dsi.parallel.groups import ProcessGroup
+from dsi.parallel.parcel import get, put
 
 
 def main(folder: Path, rank: int) -> None:
@@ -20,15 +21,15 @@ def main(folder: Path, rank: int) -> None:
     try:
         result = _work(folder, rank)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the caller wants to know
-        _put(folder / f"error-{rank}.txt", f"{type(error).__name__}: {error}".encode())
+        (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         # not through the interpreter's exit: a broken group may wait there for ranks that are gone
         os._exit(1)
-    torch.save(result, folder / f"result-{rank}.pt")
+    put(folder / f"result-{rank}.pt", result)
     dist.destroy_process_group()
 
 
 def _work(folder: Path, rank: int) -> object:
-    given = torch.load(folder / "work.pt", weights_only=False)
+    given = get(folder / "work.pt")
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -39,13 +40,6 @@ def _work(folder: Path, rank: int) -> object:
     with torch.no_grad():
         result: object = given["work"](ProcessGroup(), *given["args"])
     return result
-
-
-def _put(path: Path, text: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    draft = path.with_suffix(".draft")
-    draft.write_bytes(text)
-    draft.replace(path)
 
 
 def _die_with_caller() -> None:
