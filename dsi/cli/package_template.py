@@ -29,6 +29,7 @@ class Sketch:
     """What is known of the layer; the defaults are what is to be filled in.
 
     Args:
+        container: a class of `dsi.containers`.
         family: the module of its classes.
         layer: its class there.
         modules: what has parameters in it, a line each, for a comment.
@@ -40,6 +41,7 @@ class Sketch:
         requires: PEP 508.
     """
 
+    container: str = "DecoderLayer"
     family: str = f"{FILL}: package.module"
     layer: str = f"{FILL}: Class"
     modules: tuple[str, ...] = ()
@@ -153,7 +155,7 @@ def policy(names: Names, sketch: Sketch) -> str:
         "    blocks=[",
         "        Block(",
         f'            layer=FAMILY + "{sketch.layer}",',
-        '            container="dsi.containers:DecoderLayer",',
+        f'            container="dsi.containers:{sketch.container}",',
         *([f"            call=Call({sketch.call}),"] if sketch.call else []),
         *_comment(sketch),
         "            slots={",

@@ -24,6 +24,8 @@ _CONFIG_FACTS = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head", "n_heads"),
     "activation": ("hidden_act", "activation_function", "hidden_activation", "activation"),
 }
+# argument of the layer that is its cache, likewise
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
 # attribute of a submodule, likewise
 _ATTRIBUTE_FACTS = {
     "head_dim": ("head_dim", "head_size", "attention_head_size"),
@@ -44,14 +46,16 @@ def sketch_of(layer: str) -> Sketch:
     path, one = next((path, module) for path, module in model.named_modules() if type(module) is cls)
     norms = [module for module in one.modules() if _is_norm(module)]
     lines = tuple(_lines(one))
+    decodes = any(name in inspect.signature(cls.forward).parameters for name in _CACHES)
     return Sketch(
+        container="DecoderLayer" if decodes else "EncoderLayer",
         family=cls.__module__,
         layer=cls.__qualname__,
         modules=lines,
         linears=len(lines) - len(norms),
         norm=_rms(norms[0]) if norms else (),
-        call=_call(one),
-        facts=tuple(_facts(one, config)),
+        call=_call(one, decodes=decodes),
+        facts=tuple(_facts(one, config, decodes=decodes)),
         model=tuple(_causal_lm(model, path)),
         requires=_requires(),
     )
@@ -108,29 +112,31 @@ def _lines(layer: nn.Module) -> Iterator[str]:
             yield f"{path}: {type(module).__name__} {shapes[0]}{', with a bias' if len(shapes) > 1 else ''}"
 
 
-def _call(layer: nn.Module) -> str:
+def _call(layer: nn.Module, *, decodes: bool) -> str:
     parameters = inspect.signature(layer.forward).parameters
     arguments = [
         f'{role}="{name}"'
         for role, names, usual in (
             ("mask", ("attention_mask",), "attention_mask"),
-            ("cache", ("past_key_values", "past_key_value", "layer_past"), "past_key_values"),
+            ("cache", _CACHES, "past_key_values"),
             ("rope", ("position_embeddings",), ""),
         )
         for name in names
         if name in parameters and name != usual
     ]
-    return ", ".join(arguments)
+    return ", ".join(arguments if decodes else [*arguments, 'cache=""'])
 
 
-def _facts(layer: nn.Module, config: Any) -> Iterator[tuple[str, str]]:
+def _facts(layer: nn.Module, config: Any, *, decodes: bool) -> Iterator[tuple[str, str]]:
     for fact, names in _CONFIG_FACTS.items():
         found = next((name for name in names if hasattr(config, name)), FILL)
         yield fact, f'Config("{found}")'
     for fact, names in _ATTRIBUTE_FACTS.items():
+        if fact == "layer_idx" and not decodes:
+            continue
         yield fact, f'Attr("{next(_attributes(layer, names), FILL)}")'
     yield "pre_norm", "Const(True)"
-    yield "causal", "Const(True)"
+    yield "causal", f"Const({decodes})"
 
 
 def _attributes(layer: nn.Module, names: tuple[str, ...]) -> Iterator[str]:
