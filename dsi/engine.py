@@ -165,6 +165,8 @@ class InferenceEngine:
         return self.module
 
     def __enter__(self) -> InferenceEngine:
+        if self._injection.group is not None:
+            raise RestoreError("the end of this block could not give back what other ranks hold")
         if not self.plan.restorable:
             raise RestoreError(
                 f"the end of this block could not undo the cast {self.plan.dtype_before} -> {self.plan.dtype_after}",

@@ -173,6 +173,8 @@ def inject(
     before = Structure.of(model)
     if group is not None and group.size > 1:
         injection.group, injection.shards = group, _shards(model, plan, group)
+        note = f"this is rank {group.rank} of {group.size}: what other ranks hold of the layers is given up for good"
+        injection.plan = attrs.evolve(plan, restorable=False, notes=(*plan.notes, note))
     residues = injection.residues
     try:
         with _plain_mode():

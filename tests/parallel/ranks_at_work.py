@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from dsi.parallel import ProcessGroup
 from dsi.ranks import Answer, init_rank
@@ -23,6 +24,16 @@ def families(group: ProcessGroup, names: Sequence[str]) -> list[Answer]:
         subject = built_in(name) if name in BUILT_IN else described(name)
         answers.append(subject.ask(init_rank(subject.model, group, strict=True, **subject.options)))
     return answers
+
+
+def replicas(group: ProcessGroup, name: str) -> Answer:
+    """Two replicas of a family, each split over the two ranks of a dimension of a mesh."""
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2, group.size // 2), mesh_dim_names=("replica", "split"))
+    subject = built_in(name)
+    part = ProcessGroup(mesh.get_group("split"))
+    assert (part.rank, part.size) == (group.rank % 2, 2)
+    return subject.ask(init_rank(subject.model, part, strict=True))
 
 
 def sums(group: ProcessGroup, times: int) -> list[float]:

@@ -17,6 +17,7 @@ from dsi import ranks
 from dsi.errors import RankError
 from dsi.parallel import run_gloo
 from dsi.ranks import Ask
+from tests.core.twins import FP32, distance
 from tests.parallel import ranks_at_work
 from tests.parallel.families import BUILT_IN, VOCABULARY, assert_agree, built_in, described
 
@@ -46,6 +47,37 @@ def test_every_family(names, size):
 def test_a_model_at_hand():
     subject = described("kv_grouped, repeated")
     assert_agree(ranks.gloo(subject.model, subject.ask, 2, **subject.options), subject.single())
+
+
+@pytest.mark.slow
+def test_a_dimension_of_a_mesh():
+    subject = built_in("llama")
+    assert_agree(run_gloo(ranks_at_work.replicas, 4, "llama"), subject.single())
+
+
+SCRIPT = """
+import torch, torch.distributed as dist
+from dsi.parallel import ProcessGroup
+from tests.parallel.ranks_at_work import families
+
+dist.init_process_group("gloo")
+answers = families(ProcessGroup(), ["gpt2"])
+torch.save(answers[0].outputs, f"outputs-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = built_in("gpt2").single().outputs
+    for rank in range(2):
+        assert distance(torch.load(tmp_path / f"outputs-{rank}.pt"), wanted) <= FP32
 
 
 # --- ranks that fail --------------------------------------------------------------------------------------------------

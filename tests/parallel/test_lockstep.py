@@ -192,6 +192,10 @@ def test_what_takes_the_whole_layer_is_refused():
         model(**inputs_for("bert"), output_attentions=True)
     with pytest.raises(RestoreError, match="the original's weights are on 2 ranks"):
         engine.restore()
+    with pytest.raises(RestoreError, match="could not give back what other ranks hold"), engine:
+        pass
+    assert not engine.plan.restorable
+    assert "this is rank 0 of 2: what other ranks hold of the layers is given up for good" in str(engine.plan)
 
 
 def test_a_failure_on_the_way_leaves_the_whole_model(monkeypatch):
