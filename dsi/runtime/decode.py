@@ -21,6 +21,7 @@ from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
 from dsi.containers.ops import NormOp, Rope, product
 from dsi.errors import PolicyError
+from dsi.parallel import ShardedContainer
 from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
 from dsi.runtime.alibi import AlibiSteps
 from dsi.runtime.rope_table import RopeTable, identity, rope_rows
@@ -170,6 +171,8 @@ class DecodeRunner:
                 return f"{self.parts.layers}.{index}: its operations are {layer.ops_name}"
             if layer.kept_mlp:
                 return f"{self.parts.layers}.{index}: its MLP is the model's own"
+            if isinstance(layer, ShardedContainer):
+                return f"{self.parts.layers}.{index}: it is split over ranks"
         return ""
 
     def bind(self, reach: int) -> Step:

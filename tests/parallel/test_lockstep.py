@@ -305,6 +305,14 @@ def test_a_rank_decodes_in_dsi_s_loop():
     assert [route.fast for route in ranks.lockstep(subject.model, work, 2)] == [True, True]
 
 
+def test_a_rank_s_steps_are_not_captured():
+    # a sum in a CUDA graph is only what a process group of its own kind can do; until that is tested, no graph
+    engine = rank_of(built_in("llama"))
+    for container in containers(engine.module):
+        container.ops_name = "triton"
+    assert engine.module._dsi.runner.graph_obstacle() == "model.layers.0: it is split over ranks"
+
+
 def test_strict_means_what_it_means():
     other = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(UnsupportedModelError, match="strict=True, and these would be left alone"):
