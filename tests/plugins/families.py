@@ -57,13 +57,12 @@ class Variant:
     config: str
     settings: Mapping[str, Any] = attrs.field(converter=lambda given: MappingProxyType(dict(given)), factory=dict)
 
-    def model(self, **overrides: Any) -> Any:
+    def model(self, head: str = "AutoModelForCausalLM", **overrides: Any) -> Any:
         config = getattr(transformers, self.config)(**{**SIZE, **self.settings, **overrides})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            model = getattr(transformers, head).from_config(config).eval()
         make_hostile_(model)
-        model.generation_config.eos_token_id = None
         return model
 
 

@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache
 
 import dsi
+from dsi.containers import Container
 from dsi.runtime import PreallocatedCache
-from tests.plugins.families import EXPERTS, SHORT, VARIANTS, layers, pair_of, shared_pair
+from tests.plugins.families import EXPERTS, SHORT, SIZE, VARIANTS, layers, pair_of, shared_pair
 from tests.runtime.pairs import assert_same, check, outcome
 
 FP32 = 1e-5
@@ -93,6 +94,28 @@ def test_beams(pair):
 def test_right_padding_and_a_prompt_of_one_token(pair):
     check(pair, **pair.inputs(2, LENGTH, "right"), max_new_tokens=4, do_sample=False)
     check(pair, **pair.inputs(2, 1), max_new_tokens=NEW, do_sample=False)
+
+
+@pytest.mark.parametrize("mode", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_what_only_stock_s_loop_does(pair, mode):
+    check(pair, fast=False, **pair.inputs(2, LENGTH, "left"), max_new_tokens=NEW, do_sample=False, **mode)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "gemma2" not in name])
+def test_eager_attention(name):
+    pair = pair_of(name)
+    for model in (pair.stock, pair.fused):
+        model.set_attn_implementation("eager")
+    check(pair, **pair.inputs(2, LENGTH, "left"), max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_other_heads(name, head):
+    pair = pair_of(name, head=head)
+    for pad in (None, "left"):
+        with torch.no_grad():
+            close(*(model(**pair.inputs(3, LENGTH, pad))[0] for model in (pair.fused, pair.stock)))
+    assert sum(isinstance(module, Container) for module in pair.fused.modules()) == SIZE["num_hidden_layers"]
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

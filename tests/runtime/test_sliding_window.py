@@ -267,11 +267,12 @@ def test_a_text_goes_on_in_its_cache(pair):
     assert {type(layer).__name__ for layer in cache.layers} == {"PreallocatedLayer", "PreallocatedSlidingLayer"}
 
 
-def test_a_cache_that_keeps_everything_is_read_by_stock_s_loop(pair):
+@pytest.mark.parametrize("cache", [DynamicCache, PreallocatedCache])
+def test_a_cache_that_keeps_everything_is_read_by_stock_s_loop(pair, cache):
     # it knows no config: the window is in the model's masks alone
     found = [
-        outcome(model, **pair.inputs(2, 9), max_new_tokens=12, do_sample=False, past_key_values=DynamicCache())
-        for model in (pair.stock, pair.fused)
+        outcome(model, **pair.inputs(2, 9), max_new_tokens=12, do_sample=False, past_key_values=made())
+        for model, made in ((pair.stock, DynamicCache), (pair.fused, cache))
     ]
     assert pair.route.reason == "layer 0 sees 6 positions, and its cache keeps all positions"
     assert_same(*found)

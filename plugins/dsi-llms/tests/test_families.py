@@ -72,4 +72,5 @@ class TestGemma2(PolicyConformance):
     def tiny_config(self):
         # caps so low that a lost one shows
         caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-        return Gemma2Config(**SIZE, **HEAD_DIM, **caps, sliding_window=6, query_pre_attn_scalar=24)
+        settings = {**SIZE, **HEAD_DIM, **caps, "query_pre_attn_scalar": 24, "attention_bias": True}
+        return Gemma2Config(**settings, sliding_window=6)
