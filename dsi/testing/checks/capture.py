@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from dsi.testing.compare import check_same, distance, forward, tensors
 from dsi.testing.report import Failed, Outcome, absent, passed
 from dsi.testing.subject import Subject
@@ -31,14 +34,15 @@ def hidden_states(subject: Subject) -> Outcome:
 
 
 def attentions(subject: Subject) -> Outcome:
-    """`output_attentions=True` on an eager model: the weights of every layer; the next call is fused again."""
-    pair = subject.twins(attention="eager")
-    inputs = subject.inputs(2, 6, "ragged")
+    """Attention weights of every layer of an eager model, asked for in a call and by the config.
+
+    The calls after them are fused again.
+    """
+    pair, inputs = subject.twins(attention="eager"), subject.inputs(2, 6, "ragged")
     found, wanted = subject.both(pair, inputs, output_attentions=True)
     if not any("attentions" in name for name, _ in tensors(wanted)):
         return absent("the stock model records no attentions")
-    mend = "where attentions are wanted a container runs the stock layer"
-    worst = check_same(found, wanted, subject.tolerances.fp32, what="output_attentions=True", mend=mend)
+    worst = _check_attentions(subject, found, wanted, "output_attentions=True")
     before = pair.calls()[1]
     again, _ = distance(*subject.both(pair, inputs))
     if pair.calls()[1] != before or not again <= subject.tolerances.fp32:
@@ -48,4 +52,15 @@ def attentions(subject: Subject) -> Outcome:
             allowed=f"0 stock calls, {subject.tolerances.fp32}",
             mend="what is put back for a call is taken out again after it",
         )
+    always = subject.fresh(attention="eager")
+    always.config.output_attentions = True
+    stock = copy.deepcopy(always)
+    subject.inject(always)
+    found, wanted = forward(always, inputs), forward(stock, inputs)
+    worst = max(worst, _check_attentions(subject, found, wanted, "config.output_attentions=True"))
     return passed("attentions equal stock's", measured=worst, allowed=subject.tolerances.fp32)
+
+
+def _check_attentions(subject: Subject, found: Any, wanted: Any, what: str) -> float:
+    mend = "where attentions are wanted, by an argument or by a recorder, a container runs the stock layer"
+    return check_same(found, wanted, subject.tolerances.fp32, what=what, mend=mend)
