@@ -74,19 +74,40 @@ def test_plugins_import_the_public_api_alone():
     # import-linter does not look at their tests
     found = {
         str(file.relative_to(ROOT)): strange
-        for package, folder in PLUGINS.items()
+        for package, folder in {**PLUGINS, "dsi_seed_oss": ROOT / "examples" / "dsi-seed-oss"}.items()
         for file in sorted(folder.rglob("*.py"))
-        if (strange := sorted(set(_top_imports(file)) - _PUBLIC - {package} - set(sys.stdlib_module_names)))
+        if (strange := _strange_imports(_tree(file), package))
     }
     assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import torch", "import dsi", "from dsi import containers", "from dsi.containers import DecoderLayer", "import a.b"],
+)
+def test_the_search_for_imports_finds(source):
+    assert _strange_imports(ast.parse(source), "dsi_acme")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import re", "from dsi import policy", "from dsi.policy import Policy", "from dsi_acme.a import b", "import attrs"],
+)
+def test_the_search_for_imports_passes(source):
+    assert not _strange_imports(ast.parse(source), "dsi_acme")
 
 
 _PUBLIC = {"attrs", "dsi.policy", "dsi.testing", "pytest", "transformers"}
 
 
-def _top_imports(file: Path) -> Iterator[str]:
-    """What the module imports: of dsi the two first parts of the name, else the first."""
-    for node in ast.walk(_tree(file)):
+def _strange_imports(tree: ast.Module, package: str) -> list[str]:
+    """What a module of a plugin's package imports beside the public API, the package and the standard library."""
+    return sorted(set(_imported_tops(tree)) - _PUBLIC - {package} - set(sys.stdlib_module_names))
+
+
+def _imported_tops(tree: ast.Module) -> Iterator[str]:
+    """Of each imported name the first part, of dsi's the two first."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
