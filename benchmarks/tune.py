@@ -1,6 +1,6 @@
 """Finds the launch configurations of the kernels on this CUDA device and writes them as dsi_kernels reads them.
 
-    python benchmarks/tune.py [--out FOLDER] [--rows 1 2] [--only SHAPE]
+    python benchmarks/tune.py [--out FOLDER] [--op matvec attention] [--rows 1 2] [--only SHAPE]
 
 Each candidate multiplies a ring of matrices, more than the L2 cache holds, inside one CUDA graph; what counts is the
 median of its replays. Beside it stand the share of the copy bandwidth of the same run, and cuBLAS. A candidate whose
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 import dsi_kernels
@@ -35,10 +36,11 @@ SHAPES: Mapping[str, tuple[tuple[str, int, int], ...]] = {
                 ("layer", 50257, 1600)),
 }  # fmt: skip
 CANDIDATES = tuple(
-    {"block_n": n, "block_k": k, "num_warps": w}
-    for n, k, w in (
-        (1, 1024, 2), (1, 2048, 4), (2, 512, 2), (2, 1024, 2), (2, 1024, 4), (2, 2048, 4), (4, 512, 2), (4, 512, 4),
-        (4, 1024, 2), (4, 1024, 4), (4, 2048, 4), (4, 2048, 8), (8, 512, 4), (8, 1024, 4), (8, 1024, 8), (16, 512, 8),
+    {"block_n": n, "block_k": k, "num_warps": w, "stages": stages}
+    for n, k, w, stages in (
+        (2, 1024, 2, 1), (2, 1024, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (4, 2048, 4, 1),
+        (8, 512, 4, 1), (8, 1024, 4, 1), (16, 512, 8, 1), (4, 512, 2, 3), (4, 512, 4, 3), (4, 1024, 4, 3),
+        (8, 512, 4, 3), (8, 512, 4, 4), (16, 256, 4, 4), (16, 512, 8, 3), (4, 1024, 4, 4),
     )
 )  # fmt: skip
 RING_BYTES = 320 << 20
@@ -117,10 +119,56 @@ def tune(name: str, rows: int, dtype: torch.dtype, copy: float) -> Iterator[tupl
         yield f"rows={rows},n={N},k={K},bytes={dtype.itemsize}", config
 
 
+# (heads, kv heads, head size) of the attention of a decode step, and the lengths at which it is measured
+ATTENTION = ((32, 32, 128), (32, 8, 128), (32, 8, 64), (25, 25, 64))
+LENGTHS = (160, 1024, 8192)
+
+
+def attention_settings() -> Iterator[dict[str, int]]:
+    for tile, warps, stages, split in itertools.product((8192, 16384, 32768), (4, 8), (1, 2, 3), (64, 256)):
+        yield {
+            "tile_bytes": tile, "num_warps": warps, "stages": stages, "min_split": split, "programs_per_sm": 2,
+        }  # fmt: skip
+
+
+def tune_attention(copy: float) -> Iterator[tuple[str, dict[str, int]]]:
+    """(shape, the configuration with the least time, summed over the lengths as shares of the best of each)."""
+    for heads, kv_heads, width in ATTENTION:
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        q, times = torch.randn(1, heads, 1, width, **options), {}
+        for length in LENGTHS:
+            capacity = -(-length // 256) * 256
+            count = max(4, RING_BYTES // (2 * kv_heads * capacity * width * 2))
+            rings = [torch.randn(2, 1, kv_heads, capacity, width, **options) for _ in range(min(count, 64))]
+            filled = torch.tensor(length, device="cuda")
+            for config in attention_settings():
+                try:
+                    times[length, tuple(config.items())] = graph_time(
+                        lambda i, r=rings, f=filled, c=config: dsi_kernels.decode_attention(q, *r[i], f, config=c),
+                        len(rings),
+                    )
+                # a configuration that the device has no shared memory for
+                except triton.runtime.errors.OutOfResources:
+                    continue
+        best = {length: min(t for (n, _), t in times.items() if n == length) for length in LENGTHS}
+        keys = {key for _, key in times if all((n, key) in times for n in LENGTHS)}
+        key = min(keys, key=lambda key: sum(times[n, key] / best[n] for n in LENGTHS))
+        for length in LENGTHS:
+            floor = 2 * kv_heads * length * width * 2 / copy / 1e3
+            own = [c for (n, c), t in times.items() if n == length and t == best[length]]
+            sys.stdout.write(
+                f"attention {heads}/{kv_heads} x {width}, {length:6} positions: {times[length, key]:7.2f} us, "
+                f"{100 * floor / times[length, key]:5.1f} % of copy; best {best[length]:7.2f} {dict(own[0])}\n"
+            )
+        sys.stdout.write(f"    chosen {dict(key)}\n")
+        yield f"head_dim={width},group={heads // kv_heads},bytes=2", dict(key)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder in which matvec/<device>.json is written")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--op", nargs="+", choices=["matvec", "attention"], default=["matvec", "attention"])
     parser.add_argument("--only", choices=sorted(SHAPES), help="one model only")
     return parser.parse_args()
 
@@ -128,17 +176,22 @@ def arguments() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> int:
     given = arguments()
-    copy = copy_bandwidth()
+    # the first one warms up
+    copy = max(copy_bandwidth() for _ in range(3))
     sys.stdout.write(f"copy {copy:.0f} GB/s\n")
-    names = [given.only] if given.only else list(SHAPES)
-    table: dict[str, dict[str, int]] = {}
-    for name, rows in itertools.product(names, given.rows):
-        table.update(tune(name, rows, torch.bfloat16, copy))
-    if given.out is not None:
-        slug = re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name())
-        target = given.out / "matvec" / f"{slug}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+    tables: dict[str, dict[str, dict[str, int]]] = {}
+    if "attention" in given.op:
+        tables["decode_attention"] = dict(tune_attention(copy))
+    if "matvec" in given.op:
+        names = [given.only] if given.only else list(SHAPES)
+        found = (tune(name, rows, torch.bfloat16, copy) for name, rows in itertools.product(names, given.rows))
+        tables["matvec"] = dict(itertools.chain.from_iterable(found))
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name())
+    for op, table in tables.items():
+        if given.out is not None:
+            target = given.out / op / f"{slug}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
     return 0
 
 

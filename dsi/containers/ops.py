@@ -177,6 +177,10 @@ class AtenOps:
         """linear(norm(x)), x [B, K]."""
         return linear.forward(self.norm(norm, x))
 
+    def norm_product(self, norm: NormOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """norm(x) @ weight^T + bias, x [B, K]."""
+        return F.linear(self.norm(norm, x), weight, bias)
+
     def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
         """activation(linear(norm(x))), or with a gate as in `gate`; x [B, K]."""
         normed = self.norm(norm, x)
@@ -349,27 +353,24 @@ def _torch_wins(x: Tensor) -> bool:
 
 
 def _as_matvec(linear: Any, x: Tensor, norm: NormOp | None = None) -> bool:
-    """Whether the product is one of `dsi_kernels.matvec`: in a graph, one or two rows, a plain weight."""
+    """Whether a layer's product is one of `dsi_kernels.matvec`."""
+    # a rank's part of a layer has a class of its own
+    plain = type(linear) is FusedLinear and linear.form == "aten"
+    return plain and _is_matvec(x, linear.weight, norm)
+
+
+def _is_matvec(x: Tensor, weight: Tensor, norm: NormOp | None) -> bool:
+    """Whether norm(x) @ weight^T is one of `dsi_kernels.matvec`: in a graph, one or two rows, nothing strange."""
     from dsi_kernels.matvec import MAX_NORM_WIDTH, MAX_ROWS
 
-    if not _IN_GRAPH.get() or x.dim() != 2 or x.shape[0] > MAX_ROWS or not x.is_contiguous():
+    if not _IN_GRAPH.get() or x.dim() != 2 or x.shape[0] > MAX_ROWS:
         return False
-    # a rank's part of a layer has a class of its own
-    if type(linear) is not FusedLinear or linear.form != "aten" or not linear.weight.is_contiguous():
+    if not x.is_contiguous() or not weight.is_contiguous() or weight.dtype is not x.dtype:
         return False
     if norm is None:
         return True
-    plain = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
-    return plain and x.shape[1] <= MAX_NORM_WIDTH
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight^T + bias on CUDA, x [B, K], the way a graph wants it."""
-    from dsi_kernels.matvec import MAX_ROWS, matvec
-
-    if _IN_GRAPH.get() and x.dim() == 2 and x.shape[0] <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
-        return matvec(x, weight, bias)
-    return F.linear(x, weight, bias)
+    known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
+    return known and x.shape[1] <= MAX_NORM_WIDTH
 
 
 def _norm_arguments(norm: NormOp) -> dict[str, Any]:
@@ -411,6 +412,13 @@ class TritonOps(AtenOps):
         import dsi_kernels
 
         return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm))
+
+    def norm_product(self, norm: NormOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _is_matvec(x, weight, norm):
+            return super().norm_product(norm, x, weight, bias)
+        import dsi_kernels
+
+        return dsi_kernels.matvec(x, weight, bias, **_norm_arguments(norm))
 
     def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
         if not _as_matvec(linear, x, norm):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
-from dsi.containers.ops import NormOp, Rope, product
+from dsi.containers.ops import NormOp, Rope
 from dsi.errors import PolicyError
 from dsi.parallel import ShardedContainer
 from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
@@ -59,7 +59,11 @@ class Step:
         self.rope, self.tail = rope, tail
 
     def __call__(self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | None) -> Tensor:
-        """Logits of the next token, float32 [B, vocab].
+        """`logits`, as float32."""
+        return self.logits(token_ids, positions, cache, mask).float()
+
+    def logits(self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | None) -> Tensor:
+        """Logits of the next token, [B, vocab].
 
         Args:
             token_ids: int64 [B, 1].
@@ -78,7 +82,7 @@ class Step:
             hidden = decode(hidden, kv, rope, mask if mask is None else kv.seen(mask))
         for op in self.tail:
             hidden = op(hidden)
-        return hidden.float()
+        return hidden
 
 
 class DecodeRunner:
@@ -183,7 +187,7 @@ class DecodeRunner:
         """
         parts = self.parts
         embed = (_embedding(self._at(parts.embed)), self._linear(parts.project_in), self._norm(parts.embed_norm))
-        tail = (self._norm(parts.norm), self._linear(parts.project_out), _head(self._at(parts.head)), self._cap())
+        tail = (*self._tail(), self._cap())
         return Step(
             decoders=[layer.decode for layer in self._at(parts.layers)],
             embed=[op for op in embed if op is not None],
@@ -232,14 +236,26 @@ class DecodeRunner:
         module = self._at(path) if path else None
         return None if module is None else _linear(module)
 
-    def _norm(self, slot: Norm | None) -> Op | None:
+    def _norm_op(self, slot: Norm | None) -> NormOp | None:
         module = None if slot is None else self._at(slot.path)
         if slot is None or module is None:
             return None
-        norm = NormOp(slot.kind, module.weight, getattr(module, "bias", None), getattr(module, slot.eps), slot.offset)
+        return NormOp(slot.kind, module.weight, getattr(module, "bias", None), getattr(module, slot.eps), slot.offset)
+
+    def _norm(self, slot: Norm | None) -> Op | None:
+        norm = self._norm_op(slot)
         # the layers' own table of operations: on CUDA it has kernels
         ops = self._at(self.parts.layers)[0].ops
-        return lambda x: ops.norm(norm, x)
+        return None if norm is None else lambda x: ops.norm(norm, x)
+
+    def _tail(self) -> tuple[Op | None, ...]:
+        """The last norm, the projection and the head."""
+        norm, project = self._norm_op(self.parts.norm), self._linear(self.parts.project_out)
+        head = self._at(self.parts.head)
+        if norm is not None and project is None and type(head) is nn.Linear and head.weight.is_cuda:
+            ops, weight, bias = self._at(self.parts.layers)[0].ops, head.weight, head.bias
+            return (lambda x: ops.norm_product(norm, x, weight, bias),)
+        return self._norm(self.parts.norm), project, _head(head)
 
     def _cap(self) -> Op | None:
         cap: float | None = None if self.parts.logit_cap is None else _setting(self.parts.logit_cap, self.model)
@@ -367,9 +383,6 @@ def _linear(module: nn.Module) -> Op:
 
 
 def _head(module: nn.Module) -> Op:
-    if type(module) is nn.Linear and module.weight.is_cuda:
-        weight, bias = module.weight, module.bias
-        return lambda x: product(x, weight, bias)
     if type(module) is not nn.Linear or not _for_onednn(module.weight):
         return _linear(module)
     weight, bias = module.weight, module.bias

@@ -180,30 +180,24 @@ class _Loop:
     def _chained(self, input_ids: Tensor, tokens: Tensor, ending: _Ending, streamer: Any) -> Tensor:
         """Greedy tokens, each step behind the last on the device; the host looks at what came one step later."""
         assert self.graph is not None
-        columns, watched = [tokens[:, None]], bool(ending.end_ids) or streamer is not None
         last = self.new if ending.max_length is None else min(self.new, ending.max_length - input_ids.shape[1])
-        steps = self.graph.chain(last - 1)
-        fed = 0
-        if not (watched and _seen(tokens, ending, streamer)):
-            waiting: tuple[Tensor, torch.cuda.Event] | None = None
-            for chosen in steps:
-                columns.append(chosen.clone())
-                if not watched:
-                    continue
-                ahead = _sent(chosen)
-                if waiting is not None and _seen(_arrived(waiting), ending, streamer):
-                    # of the two steps under way only the first was wanted
-                    columns.pop()
-                    waiting = None
-                    break
-                waiting = ahead
-            if waiting is not None:
-                _seen(_arrived(waiting), ending, streamer)
-            fed = len(columns) - 1
+        watched = bool(ending.end_ids) or streamer is not None
+        fed, waiting = 0, _Arrival(tokens) if watched else None
+        for fed, chosen in enumerate(self.graph.chain(last - 1), start=1):
+            if waiting is None:
+                continue
+            under_way = _Arrival(chosen)
+            if waiting.ends(ending, streamer):
+                # the step that was just launched is beyond the end
+                fed, waiting = fed - 1, None
+                break
+            waiting = under_way
+        if waiting is not None:
+            waiting.ends(ending, streamer)
         self.graph.settle(fed)
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids, *columns], dim=-1)
+        return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)
 
     def _release(self, input_ids: Tensor) -> Tensor:
         """The tokens; nobody else will see the cache, so the next call may have it."""
@@ -247,25 +241,22 @@ class _Loop:
         )
 
 
-def _sent(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """Tokens on their way to the host, and what tells that they are there."""
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
+class _Arrival:
+    """Tokens [B] or [B, 1] on their way to the host."""
 
+    def __init__(self, tokens: Tensor) -> None:
+        self.host = torch.empty(tokens.numel(), dtype=tokens.dtype, pin_memory=True)
+        self.host.copy_(tokens.reshape(-1), non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
 
-def _arrived(sent: tuple[Tensor, torch.cuda.Event]) -> Tensor:
-    sent[1].synchronize()
-    return sent[0][:, 0]
-
-
-def _seen(tokens: Tensor, ending: _Ending, streamer: Any) -> bool:
-    """Stream the tokens [B]; whether the text ends with them."""
-    if streamer is not None:
-        streamer.put(tokens.cpu())
-    return ending.all_ended(tokens)
+    def ends(self, ending: _Ending, streamer: Any) -> bool:
+        """Wait for them, and stream them; whether the text ends with them."""
+        self.event.synchronize()
+        if streamer is not None:
+            # memory of their own, for a streamer that keeps them
+            streamer.put(self.host.clone())
+        return ending.all_ended(self.host)
 
 
 def _greediest(scores: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsi.runtime.decode import DecodeRunner
@@ -28,8 +29,12 @@ def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) 
         new: tokens to come.
         biased: the scores of attention are biased by position.
     """
+    from dsi_kernels.greedy_token import MAX_ROWS
+
     if new < WORTH_IT:
         return f"{new} new tokens are too few"
+    if cache.layers[0].keys.shape[0] > MAX_ROWS:
+        return f"more than {MAX_ROWS} rows"
     if not all(type(layer) is PreallocatedLayer for layer in cache.layers):
         return "a layer keeps another kind of cache"
     return "the scores are biased by position" if biased else runner.graph_obstacle()
@@ -63,8 +68,9 @@ class GraphRun:
         self.layers: list[Any] = cache.layers
         self.key = GraphKey(self.layers[0].keys.shape[0], mask is not None, len(end_ids))
         self.graph: StepGraph | None = None
-        # steps taken, and how many of them the cache's layers have been told of
-        self.taken = self.told = 0
+        # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
+        self.taken = self.before = self.told = 0
+        self.chosen: list[Tensor] = []
 
     def ready(self, tokens: Tensor) -> bool:
         """Whether there is a graph; it is set to the text, `tokens` int64 [B] to be fed first."""
@@ -81,7 +87,7 @@ class GraphRun:
         """Feed these tokens, int64 [B]: float32 logits [B, vocab]."""
         graph = self._with_room(tokens)
         graph.tokens.copy_(tokens[:, None])
-        logits = graph.replay().clone()
+        logits = graph.replay().to(torch.float32, copy=True)
         self.taken += 1
         return logits
 
@@ -94,6 +100,12 @@ class GraphRun:
             self.taken += 1
             yield graph.tokens
 
+    def tokens(self) -> Tensor:
+        """What was chosen after each step, the token that was fed first before them: int64 [B, 1 + steps]."""
+        assert self.graph is not None
+        here = self.graph.history[:, (1 if self.chosen else 0) : 1 + self.taken - self.before]
+        return torch.cat([*self.chosen, here], dim=1)
+
     def settle(self, taken: int | None = None) -> None:
         """Tell the cache's layers of the steps taken, or of the first `taken` of them."""
         total = self.taken if taken is None else taken
@@ -105,7 +117,8 @@ class GraphRun:
         assert self.graph is not None
         if self.cache.get_seq_length() + self.taken - self.told < self.graph.capacity:
             return self.graph
-        kept = tokens.clone(), self.graph.finished.clone()
+        kept, self.chosen = (tokens.clone(), self.graph.finished.clone()), [self.tokens()]
+        self.before = self.taken
         self.settle()
         for layer in self.layers:
             layer.make_room(1)

@@ -92,24 +92,23 @@ class StepGraph:
         self.key, self.step, self.capacity = key, step, min(layer.capacity for layer in layers)
         integers = {"dtype": torch.int64, "device": device}
         self.tokens, self.positions = torch.zeros(rows, 1, **integers), torch.zeros(rows, 1, **integers)
-        self.start, self.slot = torch.zeros((), **integers), torch.zeros(1, **integers)
+        # the new position, how many are filled once it is, and its column of the history
+        self.counters = torch.zeros(3, **integers)
+        start, filled = self.counters[0], self.counters[1]
         self.history = torch.zeros(rows, self.capacity, **integers)
         self.ends, self.pad = torch.full((max(key.ends, 1),), -1, **integers), torch.zeros((), **integers)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.mask = torch.ones(rows, 1, 1, self.capacity, dtype=torch.bool, device=device) if key.masked else None
-        self.filled = torch.zeros((), **integers)
-        self.start.fill_(cache.get_seq_length())
-        self.layers = [GraphLayer(layer, self.start, self.filled) for layer in layers]
+        self._count_from(cache.get_seq_length())
+        self.layers = [GraphLayer(layer, start, filled) for layer in layers]
         self.graph, self.logits = self._captured(pool)
 
     def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        start = self.start.clone()
-        stream = torch.cuda.Stream(self.start.device)
+        stream = torch.cuda.Stream(self.counters.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), graph_kernels():
             # compiles the kernels, and sets up what the libraries set up at their first call
             self._run()
-            self.start.copy_(start)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), graph_kernels():
@@ -117,18 +116,15 @@ class StepGraph:
         return graph, logits
 
     def _run(self) -> Tensor:
-        torch.add(self.start, 1, out=self.filled)
-        logits = self.step(self.tokens, self.positions, self.layers, self.mask)
-        chosen = torch.argmax(logits, dim=-1)
-        if self.key.ends:
-            chosen = torch.where(self.finished, self.pad, chosen)
-            self.finished.logical_or_((chosen[:, None] == self.ends).any(1))
-        self.tokens.copy_(chosen[:, None])
-        self.history.index_copy_(1, self.slot, self.tokens)
-        self.start.add_(1)
-        self.slot.add_(1)
-        self.positions.add_(1)
+        import dsi_kernels
+
+        logits = self.step.logits(self.tokens, self.positions, self.layers, self.mask)
+        ending = (self.finished, self.ends, self.pad) if self.key.ends else ()
+        dsi_kernels.greedy_token(logits.contiguous(), self.tokens, self.history, self.positions, self.counters, *ending)
         return logits
+
+    def _count_from(self, length: int) -> None:
+        self.counters.copy_(torch.tensor([length, length + 1, 1]))
 
     def begin(self, tokens: Tensor, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
         """Set a text's state.
@@ -141,8 +137,7 @@ class StepGraph:
         """
         self.tokens.copy_(tokens[:, None])
         self.positions.copy_(positions) if isinstance(positions, Tensor) else self.positions.fill_(positions)
-        self.start.fill_(length)
-        self.slot.fill_(1)
+        self._count_from(length)
         self.history[:, 0] = tokens
         self.finished.fill_(False)
         if self.mask is not None and mask is not None:
@@ -158,7 +153,7 @@ class StepGraph:
             self.pad.copy_(pad.view(()))
 
     def replay(self) -> Tensor:
-        """One step: float32 logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
+        """One step: logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
         self.graph.replay()
         return self.logits
 

@@ -25,6 +25,7 @@ https://arxiv.org/abs/1805.02867.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -277,6 +278,7 @@ def decode_attention(
     scale: float | None = None,
     *,
     splits: int | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> Tensor:
     """Each row's new token attended to its first length cached tokens, itself included.
 
@@ -289,6 +291,7 @@ def decode_attention(
         mask: bool [B or 1, 1, 1, T], True to attend, any strides, T >= length; or None.
         scale: multiplies the scores; None for head_dim ** -0.5.
         splits: parts of the context computed apart, up to 64; None for as many as fill the device.
+        config: all settings of tuned/decode_attention/default.json, in the place of the tuned ones.
 
     Returns:
         [B, heads, 1, head_dim], contiguous, in q's dtype; 0 where there is nothing to attend to.
@@ -312,7 +315,7 @@ def decode_attention(
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"{op}: splits {splits} is not from 1 to {MAX_SPLITS}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _launch(q, k_cache, v_cache, length, stride, width, mask, scale, splits)
+    return _launch(q, k_cache, v_cache, length, stride, width, mask, scale, splits, config)
 
 
 def _launch(
@@ -325,12 +328,14 @@ def _launch(
     mask: Tensor | None,
     scale: float,
     splits: int | None,
+    config: Mapping[str, int] | None,
 ) -> Tensor:
     B, heads, _, head_dim = q.shape
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     name, sms = device_facts(q.device)
-    config = launch_config("decode_attention", f"head_dim={head_dim},group={group},bytes={q.element_size()}", name)
+    if config is None:
+        config = launch_config("decode_attention", f"head_dim={head_dim},group={group},bytes={q.element_size()}", name)
     out = torch.empty((B, heads, 1, head_dim), dtype=q.dtype, device=q.device)
     if not B:
         return out

@@ -126,7 +126,7 @@ def _finish(
 def _matvec_kernel(
     x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
     NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     eps = tl.cast(eps, tl.float32)
@@ -140,7 +140,7 @@ def _matvec_kernel(
     squares, squares2 = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
     h, up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     h2, up2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)
         inside = (n < N)[:, None] & (k < K)[None, :]
         w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -212,7 +212,7 @@ def matvec(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k and num_warps in the place of the tuned ones.
+        config: block_n, block_k, stages (tiles read ahead) and num_warps in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -238,6 +238,6 @@ def matvec(
         _matvec_kernel[(triton.cdiv(N, sizes["block_n"]),)](
             x, weight, bias, norm_weight, norm_bias, residual, out, N, K, eps, NORM=norm, KIND=kind, GATED=gated,
             TWO=rows == 2, BLOCK_N=sizes["block_n"], BLOCK_K=block_k, BLOCK_ROW=triton.next_power_of_2(K),
-            num_warps=sizes["num_warps"],
+            STAGES=sizes["stages"], num_warps=sizes["num_warps"],
         )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -128,12 +129,10 @@ def test_a_seed_samples_the_same_tokens_with_and_without_graphs() -> None:
 
 
 def test_a_text_outgrows_its_cache(monkeypatch: Any) -> None:
-    from dsi.runtime import fast_loop, generate, step_graph
-
-    for module in (fast_loop, generate):
-        monkeypatch.setattr(module, "RESERVE", 4)
-    for module in (generate, step_graph):
-        monkeypatch.setattr(module, "ROUNDED_TO", 1)
+    # the package's function has the module's name
+    for module in ("fast_loop", "generate"):
+        monkeypatch.setattr(sys.modules[f"dsi.runtime.{module}"], "RESERVE", 4)
+    monkeypatch.setattr(sys.modules["dsi.runtime.generate"], "ROUNDED_TO", 1)
     pair = Pair("llama")
     for count in (40, 23, 50):
         pair.check(pair.inputs(2, 6, "left"), max_new_tokens=count)

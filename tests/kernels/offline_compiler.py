@@ -62,7 +62,7 @@ def matvecs(case, half):
     dk.matvec(vector.expand(2, -1).contiguous(), matrix, norm="layer", norm_weight=gamma, norm_bias=gamma, kind="gelu")
 
 
-def launch_all(case):
+def launch_all(case):  # noqa: PLR0915 - one call after the other
     """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
     half = torch.bfloat16
     x, w = torch.zeros(2, 256, dtype=half), torch.zeros(256, dtype=half)
@@ -79,6 +79,11 @@ def launch_all(case):
     dk.bias_activation(x, None, "gelu_tanh")
     dk.bias_activation(x.half(), w.half(), "relu")
     matvecs(case, half)
+    case("greedy token")
+    ids, one = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
+    counters, done = torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    dk.greedy_token(x, one, ids, one, counters)
+    dk.greedy_token(x, one, ids, one, counters, done, counters, one[0, 0])
     case("rope")
     qkv, cos = torch.zeros(2, 1, 4 * 128, dtype=half), torch.zeros(2, 1, 64)
     cache = torch.zeros(2, 1, 1024, 128, dtype=half)

@@ -36,9 +36,11 @@ def test_every_kernel_compiles(compiled):
     assert {facts["kernel"] for facts in compiled} == {
         "_add_layer_norm_kernel",
         "_add_rms_norm_kernel",
+        "_advance_kernel",
         "_bias_activation_kernel",
         "_decode_attention_kernel",
         "_gated_activation_kernel",
+        "_largest_kernel",
         "_layer_norm_kernel",
         "_matvec_kernel",
         "_merge_splits_kernel",

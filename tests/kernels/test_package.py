@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 9
+    assert len(OPS) == 10
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -61,12 +61,12 @@ sys.modules["triton"] = None
 import torch, dsi_kernels as dk
 assert not dk.INSTALLED and not dk.INTERPRETED
 x, w = torch.randn(3, 8), torch.randn(8)
-cache = torch.zeros(1, 1, 4, 8)
+cache, ids = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, dtype=torch.int64)
 qkv, q = torch.randn(1, 1, 24), torch.randn(1, 1, 1, 8)
 calls = {
     "rms_norm": (x, w), "layer_norm": (x, w, w), "add_rms_norm": (x, x, w), "add_layer_norm": (x, x, w, w),
     "gated_activation": (x, "silu"), "bias_activation": (x, w, "gelu"),
-    "matvec": (x[:1], x),
+    "matvec": (x[:1], x), "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
     "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
 }
 for op, operands in calls.items():
