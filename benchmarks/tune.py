@@ -144,7 +144,7 @@ def tune_attention(copy: float) -> Iterator[tuple[str, dict[str, int]]]:
             for config in attention_settings():
                 try:
                     times[length, tuple(config.items())] = graph_time(
-                        lambda i, r=rings, f=filled, c=config: dsi_kernels.decode_attention(q, *r[i], f, config=c),
+                        lambda i, q=q, r=rings, f=filled, c=config: dsi_kernels.decode_attention(q, *r[i], f, config=c),
                         len(rings),
                     )
                 # a configuration that the device has no shared memory for

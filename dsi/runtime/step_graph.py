@@ -133,7 +133,7 @@ class StepGraph:
             tokens: int64 [B], the first tokens to feed.
             positions: where they stand.
             length: positions in the cache.
-            mask: bool [B, 1, 1, T], True = attend, or None; T at most the capacity.
+            mask: bool [B, 1, 1, T], True = attend, or None.
         """
         self.tokens.copy_(tokens[:, None])
         self.positions.copy_(positions) if isinstance(positions, Tensor) else self.positions.fill_(positions)
@@ -142,7 +142,9 @@ class StepGraph:
         self.finished.fill_(False)
         if self.mask is not None and mask is not None:
             self.mask.fill_(True)
-            self.mask[..., : mask.shape[-1]] = mask
+            # of a text that is to outgrow the cache, the part that has room
+            known = mask[..., : self.capacity]
+            self.mask[..., : known.shape[-1]] = known
 
     def set_ends(self, end_ids: list[int], pad: Tensor | None) -> None:
         """The tokens that end a row, and what follows them."""
