@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= build/gpu
 BENCH_OUT ?= build/bench/cpu.json
+ARGS ?=
 # more arguments for pytest, e.g. PYTEST_ARGS="-k llama -x"
 PYTEST_ARGS ?=
 
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench gpu wheel clean
+.PHONY: help setup demo test test-slow kit-matrix lint format bench gpu wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do \
@@ -47,6 +48,9 @@ test: setup ## the test suite, without what is slow or needs a GPU
 
 test-slow: setup ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(PYTEST_ARGS)
+
+kit-matrix: setup ## every mutant of the conformance kit against every check; ARGS="--fast"
+	$(BIN)/python -m tests.kit.matrix $(ARGS)
 
 lint: setup ## ruff, mypy and the layers
 	$(BIN)/ruff check .
