@@ -183,7 +183,14 @@ def _wait(child: int, pipe: int, timeout: float) -> tuple[Probe | None, int | No
     if status is None:
         os.waitpid(child, 0)
         return None, None, left_behind
-    return (_read(json.loads(data)) if data else None), status, left_behind
+    return _report(data), status, left_behind
+
+
+def _report(data: bytes) -> Probe | None:
+    # the plugin had the pipe in its hands too
+    with suppress(ValueError, TypeError):
+        return _read(json.loads(data))
+    return None
 
 
 def _ending(status: int) -> str:
