@@ -87,6 +87,16 @@ def test_copies_and_casts_know_the_positions(kind):
     assert errors[0] <= 1.2 * errors[1]
 
 
+def test_terms_have_the_dtype_of_the_layer_whatever_the_table_has():
+    # as from_pretrained(dtype=) leaves it: buffers that no checkpoint holds stay float32
+    pair = twins_of(positioned("table", dtype=torch.bfloat16), {"strict": True})
+    layer = pair.containers[0]
+    assert layer.rope_rows().dtype is torch.float32
+    assert {term.dtype for term in layer.rope_at(torch.arange(3)[None])[:3]} == {torch.bfloat16}
+    with torch.no_grad():
+        assert pair.model(**inputs("left")).logits.dtype is torch.bfloat16
+
+
 def test_text_beyond_the_layers_table_is_an_input_error():
     pair = twins_of(positioned("table"))
     with pytest.raises(dsi.InputError, match="64"):
@@ -256,12 +266,13 @@ def test_slopes_are_transformers(heads):
 )
 def test_biases_of_a_step_are_the_model_s(alibi, stock, scale, pad):
     mask = inputs(pad)["attention_mask"]
-    wanted = stock(mask, 6, torch.float32).view(3, 6, 1, 9) * scale
+    # slopes of twelve heads are no powers of two, so that a rounding shows
+    wanted = stock(mask, 12, torch.float32).view(3, 12, 1, 9) * scale
     allowed = None if pad is None else mask[:, None, None].bool()
-    steps = AlibiSteps(alibi, _Layer(6), allowed, 9, torch.device("cpu"))
+    steps = AlibiSteps(alibi, _Layer(12), allowed, 9, torch.device("cpu"))
     for length in (4, 9):
-        found = steps(length).expand(3, 6, 1, length)
-        kept = mask[:, None, None, :length].bool().expand(3, 6, 1, length)
+        found = steps(length).expand(3, 12, 1, length)
+        kept = mask[:, None, None, :length].bool().expand(3, 12, 1, length)
         assert torch.equal(found[kept], wanted[..., :length][kept])
         assert (found[~kept] == torch.finfo(torch.float32).min).all()
 
