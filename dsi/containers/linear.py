@@ -4,14 +4,17 @@ Forms, chosen once at injection and shown in the plan:
 
     aten      weight [N, K], torch's own linear (MKL on CPU, cuBLAS on CUDA)
     packed    CPU: oneDNN's blocked layout, bias, residual and (with AVX-512) activation inside the product
-    columns   CPU: the memory in the order [K, N], for small fp32 weights: with AVX-512 all of them, through oneDNN;
-              else those that have many more rows than columns, through torch's own linear
+    parts     CPU with AVX-512: one block of rows for each thread, each in the order [K, N / threads], for small fp32
+              weights: at one row a batched product of MKL's, which costs less to begin than oneDNN's
+    columns   CPU: as aten, the memory in the order [K, N]; for small fp32 weights where parts are not to be had, with
+              AVX-512 all of them, else those that have many more rows than columns
     upcast    CPU without 16-bit instructions: stored in 16 bits, multiplied in fp32 from a few rows on
 
 Measured on a 2-core AMD Zen 3 (AVX2), M=128, K=768, N=3072, fp32: aten 89 GFLOP/s, packed 127; bf16: aten 18,
 upcast 111. At one row and with weights out of cache, fp32, 1408 x 256: aten 10 GB/s, packed 16, columns 21; but
-256 x 704: aten 14, packed 15, columns 11. On a 2-core AMD Zen 5 (AVX-512) at one row, fp32, 1408 x 256: aten 14 GB/s,
-packed 38, columns 42; 256 x 704: 18, 29, 33; 3072 x 768: 17, 56, 44; bf16, 256 x 384: aten 9, packed 13.
+256 x 704: aten 14, packed 15, columns 11. On a 2-core AMD Zen 5 (AVX-512) at one row, fp32, in microseconds: 1408 x 256
+columns 66, oneDNN's 42, parts 37; 256 x 704 28, 24, 13; 256 x 384 11, 16, 5; 768 x 768 packed 54, parts 65. bf16, 256 x
+384: aten 9 GB/s, packed 13.
 """
 
 from __future__ import annotations
@@ -33,9 +36,6 @@ PACK_FROM = 1 << 19
 # oneDNN's blocks, [out, in]; their padding may cost at most this share of the weight's bytes
 BLOCK = (64, 16)
 PACK_PADDING = 1.01
-# below this oneDNN's call, with its threads, costs more at one row than MKL's without
-# (2-core Zen 5, fp32, 256 x 384, weights out of cache: 17 us against 14 us)
-THREADS_FROM = 1 << 17
 # rows from which a 16-bit weight is worth expanding to fp32 for one product
 UPCAST_FROM = 4
 
@@ -81,8 +81,20 @@ def choose_form(device: torch.device, dtype: torch.dtype, out_features: int, in_
     if dtype is torch.float32:
         if out_features * in_features >= PACK_FROM and _packs_tightly(out_features, in_features):
             return "packed"
-        return "columns" if has_avx512() or out_features >= 2 * in_features else "aten"
+        return _small_form(out_features, in_features)
     return "upcast" if dtype in (torch.bfloat16, torch.float16) else "aten"
+
+
+def _small_form(out_features: int, in_features: int) -> str:
+    if has_avx512() and _parts_of(out_features) > 1:
+        return "parts"
+    return "columns" if has_avx512() or out_features >= 2 * in_features else "aten"
+
+
+def _parts_of(out_features: int) -> int:
+    """How many blocks of equal size `parts` makes: one for each thread, or one where that does not divide."""
+    threads = torch.get_num_threads()
+    return threads if out_features % threads == 0 else 1
 
 
 def _packs_tightly(out_features: int, in_features: int) -> bool:
@@ -138,7 +150,6 @@ class FusedLinear(nn.Module):
         self.sources = sources
         self._runs = None if permutation is None else Runs.of(permutation)
         self.wide = has_avx512()
-        self.threads = weight.numel() >= THREADS_FROM
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._hold(weight, form)
 
@@ -152,6 +163,9 @@ class FusedLinear(nn.Module):
         self.form = "aten" if form == "packed" and packed is None else form
         if form == "columns":
             weight = by_columns(weight)
+        if form == "parts":
+            blocks = weight.view(_parts_of(self.out_features), -1, self.in_features)
+            weight = blocks.transpose(1, 2).contiguous()
         self.weight = nn.Parameter(weight if packed is None else packed, requires_grad=False)
 
     def choose_form_(self) -> None:
@@ -162,7 +176,7 @@ class FusedLinear(nn.Module):
 
     def unpack_(self) -> None:
         """Hold the weight as a plain matrix."""
-        if self.form == "packed":
+        if self.form in ("packed", "parts"):
             self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             self.form = "aten"
 
@@ -174,6 +188,8 @@ class FusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         own: dict[str, Any] = self._parameters
+        if self.form == "parts":
+            return self._by_parts(x, own["weight"], own["bias"], own["bias"])
         if self.form == "packed" or (self.form == "columns" and self._by_onednn(x)):
             return self._pointwise(x, "none", "")
         if self.form == "upcast" and x.numel() >= UPCAST_FROM * self.in_features:
@@ -183,8 +199,12 @@ class FusedLinear(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """`forward(x) + residual`, in one product where the form allows it; residual is [..., N]."""
         own: dict[str, Any] = self._parameters
+        one_row = x.numel() == self.in_features
+        if self.form == "parts" and one_row:
+            total = self._by_parts(x, own["weight"], own["bias"], residual)
+            return total if own["bias"] is None else total.add_(own["bias"])
         onednn = self.form == "packed" or (self.form == "columns" and self._by_onednn(x))
-        if onednn and x.numel() > self.in_features:
+        if onednn and not one_row:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, own["weight"], own["bias"], "add")
         if not onednn and self.form in ("aten", "columns") and own["bias"] is None and x.dim() == 2:
             return torch.addmm(residual, x, own["weight"].t())
@@ -199,8 +219,20 @@ class FusedLinear(nn.Module):
         return ACTIVATIONS[kind](self.forward(x))
 
     def _by_onednn(self, x: Tensor) -> bool:
-        """Whether a product with a weight held by columns is oneDNN's."""
-        return self.wide and (self.threads or x.numel() > self.in_features)
+        """Whether a product with a weight held by columns is oneDNN's: at one row MKL's costs less to begin."""
+        return self.wide and x.numel() > self.in_features
+
+    def _by_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None) -> Tensor:
+        """x @ weight^T, the weight [parts, K, N / parts]: plus `first` [..., N] at one row, plus `bias` at several."""
+        parts = weight.shape[0]
+        if x.numel() == self.in_features:
+            row = (x if x.dim() == 2 else x.view(1, -1)).expand(parts, 1, -1)
+            found = torch.bmm(row, weight) if first is None else torch.baddbmm(first.view(parts, 1, -1), row, weight)
+            return found.view(*x.shape[:-1], self.out_features)
+        flat = x.reshape(-1, self.in_features)
+        biases = [None] * parts if bias is None else bias.view(parts, -1)
+        blocks = [_pointwise(flat, w.t(), b, "none", [], "") for w, b in zip(weight, biases, strict=True)]
+        return torch.cat(blocks, dim=-1).view(*x.shape[:-1], self.out_features)
 
     def _pointwise(self, x: Tensor, activation: str, algorithm: str) -> Tensor:
         own: dict[str, Any] = self._parameters
@@ -217,7 +249,9 @@ class FusedLinear(nn.Module):
     # --- weights in and out -----------------------------------------------------------------------------------
 
     def dense_weight(self) -> Tensor:
-        """[N, K] in the container's row order; a copy when packed."""
+        """[N, K] in the container's row order; a copy when packed or in parts."""
+        if self.form == "parts":
+            return self.weight.detach().transpose(1, 2).reshape(self.out_features, self.in_features)
         return self.weight.to_dense() if self.form == "packed" else self.weight.detach()
 
     def export(self) -> dict[str, Tensor]:

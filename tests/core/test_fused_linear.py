@@ -18,7 +18,7 @@ from dsi.containers.layouts import row_permutation
 from dsi.containers.linear import PACK_FROM, UPCAST_FROM, Source, choose_form, stack
 
 CPU = torch.device("cpu")
-FORMS = ("aten", "packed", "columns", "upcast")
+FORMS = ("aten", "packed", "columns", "parts", "upcast")
 
 
 def stock_parts(rows, width, *, transposed=False, biases=True, dtype=torch.float32, seed=0):
