@@ -158,7 +158,7 @@ class Subject:
         """The module of the plugin that holds the policy, or "" where no imported module does."""
         if self._module:
             return self._module
-        return next((name for name, _ in _homes(self.policy)), "")
+        return next(iter(_homes(self.policy)), "")
 
     @cached_property
     def config(self) -> Any:
@@ -322,15 +322,22 @@ class Subject:
         return forward(pair.model, inputs, **more), forward(pair.stock, inputs, **more)
 
 
-def _homes(policy: Policy) -> Iterator[tuple[str, Any]]:
-    """(name, module) of the imported modules in which the policy is a global, the deepest first."""
+def _homes(policy: Policy) -> list[str]:
+    """The imported modules in which the policy is a global: first those that register it, then other plugins."""
     found = [
         (name, module)
         for name, module in list(sys.modules.items())
         if name != "__main__" and any(value is policy for value in list(getattr(module, "__dict__", {}).values()))
     ]
-    # a module with hooks is the plugin; others merely import from it
-    return iter(sorted(found, key=lambda one: (not hasattr(one[1], "DSI_API"), -one[0].count("."), one[0])))
+    return [name for name, _ in sorted(found, key=lambda one: (_claim(one[1], policy), -one[0].count("."), one[0]))]
+
+
+def _claim(module: Any, policy: Policy) -> int:
+    """How little a module has to do with a policy that it holds: 0 it registers it, 1 it is a plugin, 2 neither."""
+    if not hasattr(module, "DSI_API"):
+        return 2
+    registered = Registry.from_plugins({"plugin": module}).policies.values()
+    return 0 if any(one is policy for one in registered) else 1
 
 
 def _auto_class(config: Any, *, causal: bool) -> type:

@@ -4,6 +4,7 @@ Two gates: every mutant dies by the checks that must kill it, and every check th
 it kills.
 
     --fast          each mutant meets the checks that must kill it, nothing else
+    --alone         mutants that a single check must kill: all that the second gate needs
     --only NAME     mutants whose name holds this
     --without NAME  a check that is left out, e.g. the processes of tp_processes
 """
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the matrix; 1 where a gate is broken."""
     parser = argparse.ArgumentParser(description="The matrix of mutants and checks.")
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--without", action="append", default=[])
     args = parser.parse_args(argv)
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     checks = [name for name in checks_of(Registry.load()) if name not in args.without]
     verdicts = []
-    for mutant in (one for one in MUTANTS if args.only in one.name):
+    for mutant in (one for one in MUTANTS if args.only in one.name and (one.alone or not args.alone)):
         if not mutant.runs_here:
             _say(f"  {'not run here':<44} {mutant.name} (needs {mutant.needs})")
             continue

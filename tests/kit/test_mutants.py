@@ -42,7 +42,7 @@ def test_a_mutant_dies(mutant):
     assert list(judge(mutant, only=mutant.by).faults) == []
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_nothing_is_wrong_with_what_they_are_mutants_of(family):
     whole = next(mutant for mutant in MUTANTS if mutant.family == family)
     sound = attrs.evolve(whole, change=lambda policy: policy, around=contextlib.nullcontext, plugin="")

@@ -74,12 +74,12 @@ def save_pretrained_round_trip(subject: Subject) -> Outcome:
 
 def meta_load(subject: Subject) -> Outcome:
     """Built on the meta device, planned, weights assigned, then injected: what a streaming loader does."""
-    stock = subject.stock()
+    stock, wanted = subject.stock(), subject.plan.to_dict()
     with torch.device("meta"):
         model = subject.model_class(copy.deepcopy(subject.config)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32)
-    _check_plan(subject, model)
+    _check_plan(subject, model, wanted)
     model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=True)
     model.tie_weights()
     _copy_unsaved_(model, stock)
@@ -96,10 +96,9 @@ def meta_load(subject: Subject) -> Outcome:
     return passed(what, measured=worst, allowed=subject.tolerances.fp32)
 
 
-def _check_plan(subject: Subject, skeleton: nn.Module) -> None:
+def _check_plan(subject: Subject, skeleton: nn.Module, wanted: Mapping[str, Any]) -> None:
     config = load_config(None, {"injection_policy": subject.policy})
     made = make_plan(skeleton, config, subject.registry, assume_loaded=True).to_dict()
-    wanted = subject.plan.to_dict()
     different = sorted(key for key in wanted if made[key] != wanted[key] and key != "device")
     if different:
         raise Failed(
