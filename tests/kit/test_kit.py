@@ -15,14 +15,15 @@ from dsi.cli import main
 from dsi.errors import ConfigError, PluginError, UnknownPolicyError
 from dsi.policy import Check, Concat, hookimpl
 from dsi.registry import Registry
-from dsi.testing import Failed, Report, Row, absent, conformance, failed, not_run, passed, tiny_config
+from dsi.testing import Failed, Report, Row, Subject, absent, conformance, failed, not_run, passed, tiny_config
 from dsi.testing import plugin as kit
+from dsi.testing.checks.moves import recorded
 from dsi.testing.compare import distance
 from dsi.testing.hostile import make_hostile_
 from dsi.testing.plugin import CHECKS
 from dsi_policies import llama as llama_plugin
 from dsi_policies.llama import LLAMA
-from tests.kit.subjects import llama_config
+from tests.kit.subjects import SUBJECTS, llama_config
 from tests.support.models import tiny_config as family_config
 
 QUICK = ("applies", "numerics_fp32")
@@ -313,6 +314,22 @@ def test_hostile_weights_leave_nothing_neutral():
 )
 def test_distances(found, wanted, said):
     assert distance(found, wanted)[0] == said
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_layers_are_called_with_can_be_given_again(family):
+    # the capture itself needs CUDA; what it is made of does not
+    whole, config = SUBJECTS[family]
+    subject = Subject(whole(), config)
+    model = subject.twins().model
+    one, other = (recorded(model, subject.inputs(2, 6, seed=seed), subject) for seed in (0, 1))
+    for layer, call in one.items():
+        static = call.copy()
+        wanted = other[layer].on(layer)
+        assert distance(static.on(layer), wanted)[0] > 0
+        static.fill_(other[layer])
+        assert distance(static.on(layer), wanted)[0] == 0
+    assert len(one) == 2
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
