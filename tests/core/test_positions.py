@@ -18,7 +18,7 @@ from dsi.containers.ops import TABLES, AtenOps, Rope, TritonLayerOps, rotate, wi
 from dsi.policy import Alibi, Attr, Call, Const, Inverse, Linear, RotaryTable
 from dsi.runtime.alibi import AlibiSteps, slopes
 from dsi_gpts.bloom import BLOOM
-from dsi_gpts.falcon import POLICIES as FALCON
+from dsi_gpts.falcon import TWO_NORMS
 from dsi_gpts.gptj import GPTJ
 from tests.core.positions import KINDS, positioned
 from tests.core.twins import FP32, distance, twins_of
@@ -188,9 +188,8 @@ def test_the_inverse_of_a_fact_is_read_and_one_of_nothing_is_refused():
 
 
 def test_a_linear_layer_of_another_class_is_not_taken_for_the_one_named():
-    policy = next(policy for policy in FALCON if policy.name == "two-norms")
-    slots = {**policy.blocks[0].slots, "out": Linear("self_attention.dense", split="row")}
-    plan = dsi.plan(positioned("repeated"), injection_policy=changed(policy, slots=slots))
+    slots = {**TWO_NORMS.blocks[0].slots, "out": Linear("self_attention.dense", split="row")}
+    plan = dsi.plan(positioned("repeated"), injection_policy=changed(TWO_NORMS, slots=slots))
     assert "FalconLinear, not torch.nn.modules.linear:Linear" in plan.why_nothing
 
 

@@ -128,11 +128,13 @@ def _causal_lm(*, alibi: bool) -> CausalLM:
     )
 
 
-POLICIES = tuple(_policy(norms, alibi=alibi) for norms in _NORMS for alibi in (False, True))
+TWO_NORMS, TWO_NORMS_ALIBI = (_policy("two-norms", alibi=alibi) for alibi in (False, True))
+ONE_NORM, ONE_NORM_ALIBI = (_policy("one-norm", alibi=alibi) for alibi in (False, True))
+SEQUENTIAL, SEQUENTIAL_ALIBI = (_policy("sequential", alibi=alibi) for alibi in (False, True))
 
 
 @hookimpl
 def dsi_register_policies(register: Callable[[Policy], None]) -> None:
     """Register all forms."""
-    for policy in POLICIES:
+    for policy in (TWO_NORMS, TWO_NORMS_ALIBI, ONE_NORM, ONE_NORM_ALIBI, SEQUENTIAL, SEQUENTIAL_ALIBI):
         register(policy)

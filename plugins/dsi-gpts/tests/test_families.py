@@ -58,8 +58,6 @@ class TestBloomResidualBehindNorms(TestBloom):
 
 
 class _Falcon(PolicyConformance):
-    # its policies are made by a function: none is a global of its module
-    module = "dsi_gpts.falcon"
     settings: ClassVar[dict[str, Any]] = {}
 
     def tiny_config(self):
@@ -88,9 +86,14 @@ class TestFalconOneKVHead(_Falcon):
     policy = "falcon:one-norm"
 
 
-class TestFalconOneKVHeadAlibi(_Falcon):
+class TestFalconOneNormAlibi(_Falcon):
     policy = "falcon:one-norm-alibi"
-    settings: ClassVar[dict[str, Any]] = {"alibi": True}
+    settings: ClassVar[dict[str, Any]] = {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "alibi": True,
+    }
 
 
 class TestFalconInSequence(_Falcon):
