@@ -22,6 +22,8 @@ OWN = "kit:"
 ROOT = "applies"
 """The check that fails where the policy cannot be applied; the others are not run then."""
 
+_UNFIT = f"the policy cannot be applied, see {ROOT}"
+
 CheckFunction = Callable[[Subject], Outcome]
 
 
@@ -172,9 +174,11 @@ def _outcome(subject: Subject, name: str, check: Check) -> Outcome:
     except Failed as failure:
         return failure.outcome
     except Unfit:
-        return not_run(f"the policy cannot be applied, see {ROOT}")
+        return not_run(_UNFIT)
     # whatever a policy's container raises is what the check found
     except Exception as error:  # noqa: BLE001
+        if name != ROOT and subject.fault:
+            return not_run(_UNFIT)
         return failed(
             f"raised {type(error).__name__}: {' '.join(str(error).split())[:400]}",
             measured=type(error).__name__,

@@ -21,7 +21,7 @@ from torch import nn
 from dsi.api import init_inference
 from dsi.containers.base import Container
 from dsi.engine import InferenceEngine
-from dsi.errors import DsiError
+from dsi.errors import ConfigError, DsiError
 from dsi.fit import class_name, submodule
 from dsi.planner import Plan
 from dsi.policy import Block, Norm, Policy
@@ -29,6 +29,7 @@ from dsi.registry import Registry
 from dsi.testing.compare import forward
 from dsi.testing.hostile import make_hostile_
 from dsi.testing.inputs import Padding, Reads
+from dsi.testing.report import Failed
 from dsi.testing.world import World
 
 
@@ -132,6 +133,7 @@ class Subject:
         self._stock: dict[Any, Any] = {}
         self._twins: dict[Any, Twins] = {}
         self._worlds: list[World] = []
+        self._paths: set[str] = set()
 
     # --- what is under test -----------------------------------------------------------------------------------
 
@@ -227,10 +229,21 @@ class Subject:
 
         Raises:
             Unfit: the policy cannot be applied at all.
+            Failed: it can, and leaves layers of this model alone.
         """
         if self.fault:
             raise Unfit(self.fault)
-        return self._inject(model, **options)
+        engine = self._inject(model, **options)
+        found = {block.path for block in engine.plan.blocks}
+        if found != self._paths:
+            # else stock would be compared with itself
+            raise Failed(
+                f"not every layer of this variant ({next(model.parameters()).dtype}) is replaced",
+                measured=f"{len(found)} layers",
+                allowed=f"{len(self._paths)} layers",
+                mend="a policy and its container take every dtype, and eager attention as well as SDPA",
+            )
+        return engine
 
     def _inject(self, model: nn.Module, **options: Any) -> InferenceEngine:
         # what dsi says of a policy is what the kit measures; it is no warning of the author's tests
@@ -241,10 +254,14 @@ class Subject:
     @cached_property
     def fault(self) -> str:
         """Why the policy cannot be applied to the tiny model, or ""."""
-        model = self.fresh()
+        try:
+            model = self.fresh()
+        # whatever a config or a constructor raises
+        except Exception as error:  # noqa: BLE001
+            return f"the stock model of this config cannot be built: {type(error).__name__}: {error}"
         self._worlds.append(World.of(self.stock()))
-        if error := self._stock_error():
-            return error
+        if wrong := self._stock_error():
+            return wrong
         try:
             engine = self._inject(model)
         except DsiError as error:
@@ -252,6 +269,7 @@ class Subject:
         left = [f"{one.path}: {one.reason.text}" for one in engine.plan.left if one.reason.code != "no_policy"]
         if left or not engine.plan.blocks:
             return "; ".join(dict.fromkeys(left)) or engine.plan.why_nothing
+        self._paths = {block.path for block in engine.plan.blocks}
         return ""
 
     def _stock_error(self) -> str:
@@ -348,7 +366,7 @@ def _auto_class(config: Any, *, causal: bool) -> type:
         if type(config) in mapping:
             found: type = mapping[type(config)]
             return found
-    raise ValueError(f"transformers has no model for {type(config).__name__}; name one as model_class")
+    raise ConfigError([f"model_class: transformers has no model for {type(config).__name__}; name one"])
 
 
 def _never_stop_(model: Any) -> None:

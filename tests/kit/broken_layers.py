@@ -213,6 +213,19 @@ class AlwaysStock(DecoderLayer):
         return None
 
 
+class StockIn16Bits(DecoderLayer):
+    def _understand(self, args, kwargs):
+        return None if self.dtype is torch.bfloat16 else super()._understand(args, kwargs)
+
+
+class StockOverACache(DecoderLayer):
+    """Knows only a cache that is empty."""
+
+    def _understand(self, args, kwargs):
+        call = super()._understand(args, kwargs)
+        return None if call is None or _filled(call, self.facts["layer_idx"]) else call
+
+
 class OtherForm(DecoderLayer):
     """Holds a weight in another form than planned."""
 

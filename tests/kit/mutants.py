@@ -104,6 +104,10 @@ def refuses(config: Any) -> Refusal:
     return Refusal(reason="nothing is implemented")
 
 
+def wants_fp32(config: Any) -> Refusal | None:
+    return None if config.dtype is torch.float32 else Refusal(reason=f"{config.dtype} is not implemented")
+
+
 _LLAMA = "transformers.models.llama.modeling_llama:"
 _RMS = {"kind": "rms", "eps": "variance_epsilon", "cls": _LLAMA + "LlamaRMSNorm"}
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -194,6 +198,7 @@ WORDS = (
     ),
     Mutant(name="requirement unmet", by=("applies",), alone=True, change=with_policy(requires=("transformers>=99",))),
     Mutant(name="everything refused", by=("applies",), alone=True, change=with_policy(supports=refuses)),
+    Mutant(name="16 bits refused", by=("numerics_bf16", "numerics_fp16"), change=with_policy(supports=wants_fp32)),
     Mutant(
         name="a layer class that is not there",
         by=("applies",),
@@ -306,6 +311,8 @@ CACHES = (
 
 MANNERS = (
     _layer("AlwaysStock", "the fused path never runs", "plan_is_true"),
+    _layer("StockIn16Bits", "the fused path never runs in bf16", "plan_is_true"),
+    _layer("StockOverACache", "the fused path never runs over a filled cache", "plan_is_true"),
     _layer("OtherForm", "a weight held in another form than planned", "plan_is_true", alone=True),
     _layer("OneMorePlace", "a module that nobody planned", "plan_is_true"),
     _layer("InputOverwritten", "the input overwritten", "hidden_states", alone=True),

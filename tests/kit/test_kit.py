@@ -160,16 +160,20 @@ def test_a_policy_that_cannot_be_applied_fails_once():
     assert report.row("restore").what == "the policy cannot be applied, see applies"
 
 
-def test_a_config_that_stock_cannot_run_is_told_apart():
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"num_key_value_heads": 3}, "does not run"), ({"hidden_size": -1}, "cannot be built: RuntimeError")],
+)
+def test_a_config_that_is_wrong_itself_is_told_apart(change, said):
     def impossible():
         config = llama_config()
-        config.pad_token_id = None
-        config.num_key_value_heads = 3
+        for name, value in change.items():
+            setattr(config, name, value)
         return config
 
-    found = conformance("llama:llama", impossible, only=("applies",)).row("applies")
-    assert found.status == "fail"
-    assert "the stock model of this config does not run" in found.what
+    report = conformance("llama:llama", impossible, only=("applies", "left_padding", "restore"))
+    assert [one.status for one in report.rows] == ["fail", "not-run", "not-run"]
+    assert f"the stock model of this config {said}" in report.row("applies").what
 
 
 # --- what it cannot see -----------------------------------------------------------------------------------------------

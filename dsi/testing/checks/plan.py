@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +15,10 @@ from dsi.containers.ops import NormOp
 from dsi.fit import class_name
 from dsi.planner import BlockPlan, SlotPlan
 from dsi.policy import Block
+from dsi.testing.checks.decoding import stepped
 from dsi.testing.compare import check_same, forward
 from dsi.testing.report import Failed, Outcome, failed, passed
-from dsi.testing.subject import Subject
+from dsi.testing.subject import Subject, Twins
 
 
 def applies(subject: Subject) -> Outcome:
@@ -105,20 +108,41 @@ def plan_is_true(subject: Subject) -> Outcome:
                 mend=_LIES,
             )
     _check_left(subject)
-    runs = 0
-    for inputs in (subject.inputs(1, 6), subject.inputs(3, 7, "ragged")):
-        before = pair.calls()
-        forward(pair.model, inputs)
-        calls = tuple(after - one for after, one in zip(pair.calls(), before, strict=True))
-        if calls != (len(pair.containers), 0):
-            raise Failed(
-                "not every layer took the fused path",
-                measured=f"{calls[0]} fused and {calls[1]} stock calls",
-                allowed=f"{len(pair.containers)} fused and 0 stock calls",
-                mend="name the caller's arguments in Call (mask, cache, rope, free); " + _LIES,
-            )
-        runs += calls[0]
-    return passed(f"{len(pair.containers)} layers are as planned, {runs} fused calls")
+    calls = sum(_count_calls(subject, what, twins, run, times) for what, twins, run, times in _runs(subject))
+    return passed(f"{len(pair.containers)} layers are as planned, {calls} fused calls")
+
+
+_Run = tuple[str, Twins, Callable[[], Any], int]
+
+
+def _runs(subject: Subject) -> Iterator[_Run]:
+    """(what, whose containers, the calls, how many forwards they are): in every dtype, and over a filled cache."""
+    pair = subject.twins()
+    padded = subject.inputs(3, 7, "ragged")
+    yield "a forward", pair, lambda: forward(pair.model, subject.inputs(1, 6)), 1
+    yield "a forward with padding", pair, lambda: forward(pair.model, padded), 1
+    if subject.decodes:
+        ids = subject.inputs(2, 7)["input_ids"]
+        yield "a prompt, a second piece, a token", pair, lambda: stepped(pair.model, ids, (3, 6, 7)), 3
+    for dtype in (torch.bfloat16, torch.float16):
+        half = subject.twins(dtype=dtype)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in padded.items()}
+        yield f"a forward in {dtype}", half, partial(forward, half.model, given), 1
+
+
+def _count_calls(subject: Subject, what: str, pair: Twins, run: Callable[[], Any], times: int) -> int:
+    before = pair.calls()
+    run()
+    fused, stock = (after - one for after, one in zip(pair.calls(), before, strict=True))
+    wanted = times * len(pair.containers)
+    if (fused, stock) != (wanted, 0):
+        raise Failed(
+            f"{what}: not every layer took the fused path",
+            measured=f"{fused} fused and {stock} stock calls",
+            allowed=f"{wanted} fused and 0 stock calls",
+            mend="name the caller's arguments in Call (mask, cache, rope, free); " + _LIES,
+        )
+    return fused
 
 
 def _untrue(model: nn.Module, block: BlockPlan) -> Iterator[str]:

@@ -79,6 +79,7 @@ def meta_load(subject: Subject) -> Outcome:
         model = subject.model_class(copy.deepcopy(subject.config)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32)
+    model.config.dtype = torch.float32
     _check_plan(subject, model, wanted)
     model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=True)
     model.tie_weights()
