@@ -49,6 +49,7 @@ class InferenceConfig:
         max_out_tokens: the context, prompt and new tokens together; None is the model's own maximum.
         min_out_tokens: the least context that will do.
         use_triton: True or False; None is True on CUDA.
+        enable_cuda_graph: None lets the steps of `generate` on CUDA be graphs where they can; False has none.
         strict: whatever stays as it was is an error.
         keep_original: "host" keeps a host copy of what a cast loses, so that `restore()` works.
 
@@ -62,6 +63,7 @@ class InferenceConfig:
     max_out_tokens: int | None = option(fields.TOKENS_OR_NONE, "max_tokens")
     min_out_tokens: int = option(fields.TOKENS, "min_tokens", default=1)
     use_triton: bool | None = option(fields.BOOLEAN_OR_NONE)
+    enable_cuda_graph: bool | None = option(fields.GRAPHS)
     strict: bool = option(fields.BOOLEAN, default=False)
     keep_original: str | None = option(fields.KEEP)
 
@@ -79,7 +81,6 @@ class _Request(InferenceConfig):
     mpu: None = option(only(None, "tensor parallelism is not in this version"))
     injection_policy_tuple: None = option(only(None, "pass a dsi.policy.Policy as injection_policy"))
     replace_method: str = option(only("auto", "policies are always found by the registry"), default="auto")
-    enable_cuda_graph: bool = option(only(False, "CUDA graphs come with a later version"), default=False)
     triton_autotune: bool = option(only(False, "launch configurations are shipped, not searched for"), default=False)
     zero: dict[str, Any] = option(fields.NO_ZERO, default=MappingProxyType({}))
     quant: fields.Quant = group(fields.Quant)

@@ -88,8 +88,8 @@ MALFORMED: list[tuple[dict, str, str]] = [
     ({"mp_size": 1, "tp": {"tp_size": 2}}, "mp_size", "differs from tensor_parallel.tp_size: 2"),
     ({"mpu": object()}, "mpu", TP),
     # what comes later
-    ({"enable_cuda_graph": True}, "enable_cuda_graph", "use False"),
-    ({"enable_cuda_graph": 0}, "enable_cuda_graph", "use False"),
+    ({"enable_cuda_graph": True}, "enable_cuda_graph", "use False or None"),
+    ({"enable_cuda_graph": 0}, "enable_cuda_graph", "use False or None"),
     ({"triton_autotune": True}, "triton_autotune", "use False"),
     ({"quant": {"enabled": True}}, "quant.enabled", QUANT),
     ({"quant": {"weight": {"num_bits": 8}}}, "quant.weight", QUANT),
@@ -277,7 +277,7 @@ VALID: list[tuple[dict, dict]] = [
     ({"tp": {}}, {}),
     ({"tp": {"enabled": False}}, {}),
     ({"tp": None}, {}),
-    ({"enable_cuda_graph": False, "triton_autotune": False}, {}),
+    ({"enable_cuda_graph": False, "triton_autotune": False}, {"enable_cuda_graph": False}),
     ({"zero": {}}, {}),
     ({"quant": {}}, {}),
     ({"quant": {"enabled": False}}, {}),
@@ -317,6 +317,7 @@ def test_defaults():
         "max_out_tokens": None,
         "min_out_tokens": 1,
         "use_triton": None,
+        "enable_cuda_graph": None,
         "strict": False,
         "keep_original": None,
     }

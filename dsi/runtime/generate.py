@@ -42,7 +42,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             session.prompt = _check(model, session, given)
             session.last_route = choose_route(model, session, given)
-            if session.graphs is None and model.device.type == "cuda":
+            if session.graphs is None and _wants_graphs(model, session):
                 session.graphs = GraphPool()
             if session.last_route.fast:
                 given["custom_generate"] = fast_sample
@@ -101,6 +101,10 @@ INSTANCE_OVERRIDES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "_extract_generation_mode_kwargs": extract_mode_kwargs,
     }
 )
+
+
+def _wants_graphs(model: Any, session: Session) -> bool:
+    return session.config.enable_cuda_graph is not False and model.device.type == "cuda"
 
 
 def _check(model: Any, session: Session, given: Mapping[str, Any]) -> Prompt | None:

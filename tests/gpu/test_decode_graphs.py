@@ -197,3 +197,12 @@ def test_memory_is_flat_and_given_back() -> None:
     pair.engine.restore()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() < before
+
+
+def test_without_graphs_if_asked() -> None:
+    stock = tiny("llama").to(DEVICE)
+    engine = dsi.init_inference(copy.deepcopy(stock), enable_cuda_graph=False)
+    given = {name: x.to(DEVICE) for name, x in inputs_for("llama", 2, 6, "left").items()}
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(engine.generate(**given, **settings), stock.generate(**given, **settings))
+    assert not engine.module._dsi.last_route.graph
