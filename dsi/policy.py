@@ -370,8 +370,9 @@ class CausalLM:
 
     Args:
         model: the class this holds for, "module:Class"; matched exactly.
-        embed, layers, head, project_in, project_out: submodule paths. `norm` (a slot), `project_in` and `project_out`
-            may be "" or name an attribute that is None on the model; both mean absent.
+        embed, layers, head: submodule paths.
+        norm: the norm after the layers; None, or an attribute that is None on the model, where there is none.
+        project_in, project_out: submodule paths; "", or an attribute that is None on the model, where there is none.
         embed_norm: a norm over what is embedded.
         positions, rotary, alibi: how the model knows positions. A `RotaryTable` of the layers is found by itself.
         context: config attribute that holds the largest number of positions, prompt and new tokens together; "" where
@@ -426,7 +427,8 @@ class Policy:
         blocks: one per layer class.
         requires: PEP 508 requirements that must be met, e.g. "transformers>=5.6".
         supports: (config) -> Refusal where this config's variant is not implemented, else None.
-        model: language models that decode with these layers.
+        models: language models that decode with these layers.
+        context: the longest input, where positions are learned; None where any length runs.
         priority: among several applicable policies for one layer class the highest wins.
         replaces: full names of policies that this one may outrank, e.g. ("llama:llama",).
     """
