@@ -7,6 +7,7 @@ lets one say so.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -42,23 +43,44 @@ SIZES: Mapping[str, int] = MappingProxyType(
         "num_experts_per_tok": 2,
     }
 )
+# switches that every config has say nothing of the layers
+_COMMON = frozenset(
+    {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "is_encoder_decoder", "is_decoder"}
+)
+MOST_SWITCHES = 3
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def tiny_config(policy: Policy) -> Any:
-    """A tiny config of the architecture whose layers a policy claims.
+    """A tiny config of the architecture whose layers a policy claims, of a variant that it takes.
+
+    Where the policy refuses the variant that is the default, switches of the config are turned, as few as will do.
 
     Raises:
         ConfigError: the module of its layers belongs to no config, or transformers refuses the sizes.
     """
     cls = config_class(policy)
     try:
-        return cls(**_settings(cls))
+        return _variant(policy, cls, _settings(cls))
     # each config class checks its own fields, and raises whatever its checks raise
     except Exception as error:
         raise ConfigError(
             [f"{cls.__name__}: no tiny config of it can be guessed ({type(error).__name__}: {error}); write a test"]
         ) from error
+
+
+def _variant(policy: Policy, cls: Any, settings: dict[str, Any]) -> Any:
+    plain = cls(**settings)
+    if policy.supports(plain) is None:
+        return plain
+    switches = [name for name, value in vars(plain).items() if isinstance(value, bool) and name not in _COMMON]
+    for count in range(1, MOST_SWITCHES + 1):
+        for names in itertools.combinations(switches, count):
+            turned = cls(**settings, **{name: not getattr(plain, name) for name in names})
+            if policy.supports(turned) is None:
+                return turned
+    # the check tells why it is refused
+    return plain
 
 
 def config_class(policy: Policy) -> type:

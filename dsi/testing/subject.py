@@ -266,11 +266,20 @@ class Subject:
             engine = self._inject(model)
         except DsiError as error:
             return f"{type(error).__name__}: {error}"
-        left = [f"{one.path}: {one.reason.text}" for one in engine.plan.left if one.reason.code != "no_policy"]
+        left = [
+            f"{one.path}: {self._own_words(one.reason.text)}"
+            for one in engine.plan.left
+            if one.reason.code != "no_policy"
+        ]
         if left or not engine.plan.blocks:
             return "; ".join(dict.fromkeys(left)) or engine.plan.why_nothing
         self._paths = {block.path for block in engine.plan.blocks}
         return ""
+
+    def _own_words(self, text: str) -> str:
+        """What this policy said, of all that claim the layer."""
+        own = [part for part in text.split("; ") if part.startswith(f"{self.name}: ")]
+        return "; ".join(own).removeprefix(f"{self.name}: ") if own else text
 
     def _stock_error(self) -> str:
         try:

@@ -38,7 +38,10 @@ def attentions(subject: Subject) -> Outcome:
 
     The calls after them are fused again.
     """
-    pair, inputs = subject.twins(attention="eager"), subject.inputs(2, 6, "ragged")
+    try:
+        pair, inputs = subject.twins(attention="eager"), subject.inputs(2, 6, "ragged")
+    except Failed:
+        return absent("the policy leaves eager models alone, and no others record attentions")
     found, wanted = subject.both(pair, inputs, output_attentions=True)
     if not any("attentions" in name for name, _ in tensors(wanted)):
         return absent("the stock model records no attentions")

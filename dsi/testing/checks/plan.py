@@ -28,7 +28,7 @@ def applies(subject: Subject) -> Outcome:
             f"the policy cannot be applied: {' '.join(subject.fault.split())}",
             measured="nothing replaced, or something left",
             allowed="every claimed layer replaced",
-            mend="correct the policy, or the config where it is a variant that the policy refuses",
+            mend="correct the policy; or give a config of a variant that it takes, in a PolicyConformance test",
         )
     return passed(f"{len(subject.plan.blocks)} layers are replaced")
 
