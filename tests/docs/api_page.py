@@ -62,7 +62,7 @@ overridden:
 | `finish()` | called once all places are filled, and again after a move or cast; call `super().finish()` first |
 | `run(call)` | the computation: hidden states [B, S, H] after the layer, of the shape and dtype of `call.hidden` |
 | `facts`, `call` | what the policy gave: the facts' values, and its `Call` |
-| places | attributes by the names of `SLOTS`: a linear place is called like a module; a norm has `weight`, `bias`, `eps` |
+| places | attributes named as in `SLOTS`: a linear one is called like a module; a norm has `weight`, `bias`, `eps` |
 
 `run` gets a `LayerCall`: `hidden`; `mask`, None, or [B, 1 or heads, S, T], bool (True = attend) or added to the scores;
 `cache`, None or a cache whose `update(k, v, layer_idx)` gives all keys and values; `rope`, the rotary terms or None;
@@ -161,10 +161,8 @@ def _container(cls: Any) -> str:
 def _hook(name: str) -> str:
     function = getattr(vocabulary, name)
     parameters = ", ".join(inspect.signature(function).parameters)
-    code = f"```python\n@hookimpl\ndef {name}({parameters}): ...\n```"
-    said = (
-        f"{inspect.cleandoc(function.__doc__)} An implementation names the arguments that it wants, without defaults."
-    )
+    code = f"```python\nfrom dsi.policy import hookimpl\n\n\n@hookimpl\ndef {name}({parameters}): ...\n```"
+    said = f"{inspect.cleandoc(function.__doc__)} Name the arguments that you want, without defaults."
     return f"### {name}\n\n{code}\n\n{said}\n"
 
 
