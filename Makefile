@@ -44,7 +44,7 @@ demo: setup ## two real models, stock against dsi, and back again
 	$(BIN)/python examples/demo.py
 
 test: setup ## the test suite, without what is slow or needs a GPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 test-slow: setup ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(PYTEST_ARGS)

@@ -191,7 +191,7 @@ def main() -> int:
         if given.out is not None:
             target = given.out / op / f"{slug}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+            target.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
     return 0
 
 
