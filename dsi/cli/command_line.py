@@ -5,6 +5,8 @@
     dsi explain MODEL     which policies claim its layers, and why one was chosen and the others were not
     dsi check POLICY      hold a policy to the conformance kit
     dsi new NAME          write a plugin package to be filled in
+    dsi draft MODEL       propose a policy for a model that none knows
+    dsi bisect MODEL      the first layer and place where a policy and stock part ways
 
 Each takes `--json`. Exit codes: 0 fine, 1 refused, 2 the command line is wrong, 3 the environment lacks something.
 torch and transformers are imported for a MODEL only, and never to print help or plugins.
@@ -18,11 +20,19 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from dsi.cli import check, explain, new, plan, plugins
+from dsi.cli import bisect, check, draft, explain, new, plan, plugins
 from dsi.cli.command import Answer, Command
 from dsi.errors import AmbiguousPolicyError, ConfigError, DsiError, PluginError, UnknownPolicyError
 
-COMMANDS: tuple[Command, ...] = (plugins.COMMAND, plan.COMMAND, explain.COMMAND, check.COMMAND, new.COMMAND)
+COMMANDS: tuple[Command, ...] = (
+    plugins.COMMAND,
+    plan.COMMAND,
+    explain.COMMAND,
+    check.COMMAND,
+    new.COMMAND,
+    draft.COMMAND,
+    bisect.COMMAND,
+)
 
 # the first class that fits decides
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
