@@ -154,7 +154,7 @@ class InferenceEngine:
             RestoreError: a cast lost bits that were not kept; nothing is changed then.
         """
         with self._session.lock:
-            if self._session.prompt is not None:
+            if self._session.running:
                 # only the thread that holds the lock comes this far: a criterion, processor or streamer of the call
                 raise RestoreError("a generate call of this engine is running; restore after it")
             if self.plan.restorable:

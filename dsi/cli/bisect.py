@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import attrs
 
 from dsi.cli.command import Answer, Command
 from dsi.config import InferenceConfig, load_config
-from dsi.errors import ConfigError
 from dsi.policy import Policy
 from dsi.registry import Registry
 
@@ -43,21 +40,9 @@ def _policy(given: str | None) -> Policy | str | None:
     if given is None or not given.endswith(".py"):
         Registry.load().resolve(given)
         return given
-    path = Path(given)
-    spec = importlib.util.spec_from_file_location(f"dsi_policy_file_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError([f"--policy: {given} is no file"])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    try:
-        spec.loader.exec_module(module)
-    # it is the author's code that runs here
-    except Exception as error:
-        raise ConfigError([f"--policy: {given} cannot be run: {type(error).__name__}: {error}"]) from error
-    found = list({id(one): one for one in vars(module).values() if isinstance(one, Policy)}.values())
-    if len(found) != 1:
-        raise ConfigError([f"--policy: {given} holds {len(found)} policies; one is wanted"])
-    return found[0]
+    from dsi.drafting.policy_file import load_file
+
+    return load_file(Path(given))
 
 
 def _model(given: str, settings: InferenceConfig) -> tuple[Any, str]:

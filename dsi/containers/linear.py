@@ -131,7 +131,7 @@ class FusedLinear(nn.Module):
         bias: [N] or None.
         sources: whose rows they are, in order of the stored layout.
         permutation: int64 [N], the row order's permutation over all sources' stored rows, or None.
-        form: "aten", "packed", "columns" or "upcast".
+        form: "aten", "packed", "columns", "parts" or "upcast".
     """
 
     weight: nn.Parameter

@@ -154,7 +154,7 @@ class AtenOps:
         if _one_row(x) and weight is not None and norm.eps > 0 and not norm.offset:
             flat = x.view(-1)
             return (x * (float(flat.dot(flat)) / x.shape[-1] + norm.eps) ** -0.5).mul_(weight)
-        if x.is_cuda and weight is not None:
+        if x.is_cuda and weight is not None and weight.dtype is x.dtype:
             # one launch, and no rounding before the product with the weight
             if norm.offset:
                 return F.rms_norm(x.float(), x.shape[-1:], weight.float() + norm.offset, norm.eps).to(x.dtype)
@@ -166,7 +166,8 @@ class AtenOps:
             return normed.to(x.dtype)
         if norm.offset:
             return normed.mul_(weight.float() + norm.offset).to(x.dtype)
-        return normed.to(x.dtype).mul_(weight)
+        # a weight of another dtype promotes, as it does in the model
+        return normed.to(x.dtype).mul_(weight) if weight.dtype is x.dtype else normed.to(x.dtype) * weight
 
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
         """(norm(s), s) with s = linear(x) + residual."""
@@ -258,7 +259,7 @@ class AtenOps:
         kv_heads = k.shape[1]
         if softcap is not None:
             return _capped(q, k, v, mask, causal, scale, softcap)
-        if q.device.type == "cpu" and q.dtype is not torch.float32 and length == 1 and heads == kv_heads:
+        if q.device.type == "cpu" and q.dtype.itemsize == 2 and length == 1 and heads == kv_heads:
             # torch's 16-bit attention of one query is slower than fp32's with the conversion (2-core Zen 5, bf16, 12
             # heads of 64: 30 us against 20 us at 48 positions, 528 us against 155 us at 1000)
             wide = (mask.float() if mask is not None and mask.is_floating_point() else mask, causal, scale)

@@ -18,6 +18,7 @@ from dsi.drafting.candidates import Answers, Known
 from dsi.drafting.facts import Sample, one_source
 from dsi.drafting.heads import Attention, moved
 from dsi.drafting.norms import epsilons
+from dsi.drafting.policy_file import load_source
 from dsi.drafting.replay import LayerCalled, Replay
 from dsi.drafting.source import Guard, render
 from dsi.drafting.specimen import FIRST, SECOND, Species, Specimen
@@ -66,15 +67,6 @@ def draft(model: Any, name: str = "") -> Draft:
     return _Drafter(model, name).draft()
 
 
-def load(source: str) -> Policy:
-    """The policy in a file's text, by its own hook."""
-    found: list[Policy] = []
-    namespace: dict[str, Any] = {"__name__": "dsi_draft"}
-    exec(compile(source, "<draft>", "exec"), namespace)  # noqa: S102 - the text was written here, a moment ago
-    namespace["dsi_register_policies"](found.append)
-    return found[0]
-
-
 class _Drafter:
     def __init__(self, model: Any, name: str) -> None:
         self.species = Species.of(model, epsilons)
@@ -100,10 +92,12 @@ class _Drafter:
         self.known = self._known(samples)
         self.answers = self._settle(self.proof)
         self._attention()
+        # small models in which the policy is equal
+        self.held = list(self.proof)
         self._variants(anatomy)
         policy = self._surround(self.known.policy(self.answers, **self.differences))
         source = render(policy, self.guards, self.sure, self.unsure)
-        policy = load(source)
+        policy = load_source(source)
         generate = bool(policy.models)
         for specimen in self.proof[:2]:
             verdict = try_policy(policy, specimen, generate=generate)
@@ -277,6 +271,7 @@ class _Drafter:
             verdict = self._try(policy, variant.specimen)
             if verdict.equal or verdict.refused or self._mended(anatomy, variant):
                 held.append(variant.name)
+                self.held += [] if verdict.refused else [variant.specimen]
                 continue
             self.guards.append(
                 Guard(variant.name, variant.before, f"{variant.name}={variant.value!r} was run: {_line(verdict)}")
@@ -335,24 +330,49 @@ class _Drafter:
         policy = attrs.evolve(policy, context=self._context(rows))
         if not self.first.decodes or not self.known.decodes:
             return policy
-        try:
-            parts = find_causal_lm(self.first, self.stack)
-        except DsiError as error:
-            return self._without_loop(policy, error.message)
-        reason = "no form of position biases fits"
-        for one in _biased(parts) if policy.blocks[0].call.bias else (parts,):
-            with_parts = attrs.evolve(policy, models=(one,))
-            verdicts = [self._try(with_parts, specimen, generate=True) for specimen in self.proof[:2]]
-            if all(verdict.equal for verdict in verdicts):
-                self._say("generate takes dsi's loop: greedy search gives the same tokens and logits")
-                if one.rotary is not None:
-                    self.unsure.append(
-                        "Rotary(static_when=...): the rope types whose terms depend on the position alone; without it "
-                        "they are computed at each step, which is right and slower"
-                    )
-                return with_parts
-            reason = str(next(verdict for verdict in verdicts if not verdict.equal))
+        reason = ""
+        for parts in self._parts(policy):
+            if isinstance(parts, str):
+                reason = reason or parts
+                continue
+            verdict = self._generating(attrs.evolve(policy, models=(parts,)))
+            if verdict.equal:
+                return self._with_loop(policy, parts)
+            reason = str(verdict)
         return self._without_loop(policy, reason)
+
+    def _parts(self, policy: Policy) -> Iterator[CausalLM | str]:
+        """What may stand around the layers, found in each small model, each once; or why nothing was found."""
+        seen: list[CausalLM] = []
+        for specimen in self.held:
+            try:
+                parts = find_causal_lm(specimen, self.stack)
+            except DsiError as error:
+                yield error.message
+                continue
+            for one in _biased(parts) if policy.blocks[0].call.bias else (parts,):
+                if one not in seen:
+                    seen.append(one)
+                    yield one
+
+    def _generating(self, policy: Policy) -> Verdict:
+        """The first small model in which greedy search is another, or the last in which it is not."""
+        verdict = Verdict(distance=0.0)
+        for specimen in self.held:
+            verdict = self._try(policy, specimen, generate=True)
+            if not verdict.equal:
+                break
+        return verdict
+
+    def _with_loop(self, policy: Policy, parts: CausalLM) -> Policy:
+        count = len(self.held)
+        self._say(f"generate takes dsi's loop: greedy search gives the same tokens and logits in {count} small models")
+        if parts.rotary is not None:
+            self.unsure.append(
+                "Rotary(static_when=...): the rope types whose terms depend on the position alone; without it they are "
+                "computed at each step, which is right and slower"
+            )
+        return attrs.evolve(policy, models=(parts,))
 
     def _without_loop(self, policy: Policy, reason: str) -> Policy:
         self.unsure.append(f"the parts around the layers: generate runs transformers' loop, because {reason}")

@@ -165,6 +165,18 @@ class DecodeRunner:
         layer = self._at(self.parts.layers)[0]
         return AlibiSteps(alibi, layer, mask, capacity, next(layer.parameters()).device)
 
+    def parts_identity(self) -> tuple[Any, ...]:
+        """Differs once a layer or a part around them is another module, or a number that it computes with changed."""
+        modules = [module for path in self._paths() for module in self._walk(path)] + list(self._at(self.parts.layers))
+        rotary = self.parts.rotary
+        buffers = () if rotary is None else map(identity, self._at(rotary.path).buffers())
+        cap = None if self.parts.logit_cap is None else _setting(self.parts.logit_cap, self.model)
+        return (*map(id, modules), *buffers, cap)
+
+    def reads_whole_buffers(self) -> bool:
+        """Whether the attention of a graph's step reads a cache's buffers beyond what is filled."""
+        return any(layer.ops_name != "triton" or layer.softcap is not None for layer in self._at(self.parts.layers))
+
     def graph_obstacle(self) -> str:
         """Why a step cannot be a CUDA graph, whatever it is given; "" where it can."""
         rotary = self.parts.rotary

@@ -48,7 +48,9 @@ def fast_sample(
     loop = _Loop(model, session, input_ids, generation_config, model_kwargs)
     ending = _Ending(stopping_criteria, generation_config, input_ids)
     logits = loop.prefill(input_ids)
-    with model._optimize_model_for_decode():
+    # events and captures belong to the current device
+    on_device = torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
+    with model._optimize_model_for_decode(), on_device:
         return loop.run(input_ids, logits, logits_processor, ending, streamer)
 
 
@@ -119,10 +121,12 @@ class _Loop:
         """The position after the prompt: an int where it is the same for all rows, else int64 [B, 1]."""
         assert self.session.runner is not None
         if given is None:
+            self.reach = 0
             self.step = self.session.runner.bind(0)
             return 0
         last = given[:, -1].tolist()
-        self.step = self.session.runner.bind(max(last) + 1 + self.new)
+        self.reach = max(last) + 1 + self.new
+        self.step = self.session.runner.bind(self.reach)
         return last[0] + 1 if len(set(last)) == 1 else (given[:, -1:] + 1).expand(rows, 1).clone()
 
     def run(self, input_ids: Tensor, logits: Tensor, logits_processor: Any, ending: _Ending, streamer: Any) -> Any:
@@ -138,7 +142,7 @@ class _Loop:
         quiet = record.scores is None and record.logits is None and self.session.timer is None
         if self.graph is not None and quiet and choose is _greediest and ending.plain and not logits_processor:
             input_ids = self._chained(input_ids, choose(logits), ending, streamer)
-            return self._result(input_ids, record) if wanted else self._release(input_ids)
+            return self._finished(input_ids, record)
         while True:
             scores = logits_processor(input_ids, logits)
             record.add(scores, logits)
@@ -155,7 +159,7 @@ class _Loop:
             streamer.end()
         if self.graph is not None:
             self.graph.settle()
-        return self._result(input_ids, record) if wanted else self._release(input_ids)
+        return self._finished(input_ids, record)
 
     # --- on CUDA, in graphs -----------------------------------------------------------------------------------
 
@@ -168,7 +172,7 @@ class _Loop:
         reason = graph_obstacle(runner, self.cache, self.new, biased=self.biases is not None)
         if not reason:
             end_ids = sorted(ending.end_ids) if ending.plain else []
-            given = (self.positions, self.mask, end_ids, ending.pad_id)
+            given = (self.positions, self.reach, self.mask, end_ids, ending.pad_id)
             run = GraphRun(pool, self.model, runner, self.cache, *given)
             if run.ready(tokens):
                 self.session.last_route = Route(True, graph=True)
@@ -199,12 +203,15 @@ class _Loop:
             streamer.end()
         return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)
 
-    def _release(self, input_ids: Tensor) -> Tensor:
-        """The tokens; nobody else will see the cache, so the next call may have it."""
-        pool = self.session.graphs
-        if pool is not None and self.own_cache:
-            pool.give_back(input_ids.shape[0], self.cache)
-        return input_ids
+    def _finished(self, input_ids: Tensor, record: _Record) -> Any:
+        """What the caller gets. A cache that nobody else will see is the next call's, if a graph writes to it."""
+        pool, wanted = self.session.graphs, self.settings.return_dict_in_generate
+        if pool is not None and self.graph is not None:
+            if self.own_cache and not wanted:
+                pool.give_back(input_ids.shape[0], self.cache)
+            else:
+                pool.forget(self.graph.key)
+        return self._result(input_ids, record) if wanted else input_ids
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """float32 logits [B, vocab] after the prompt, which fills the cache."""

@@ -18,7 +18,7 @@ from dsi.runtime.fast_loop import fast_sample
 from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
 from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
 from dsi.runtime.route import choose_route
-from dsi.runtime.session import Session, session_of
+from dsi.runtime.session import ATTRIBUTE, Session, session_of
 from dsi.runtime.step_graph import ROUNDED_TO, GraphPool
 
 
@@ -34,11 +34,15 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         InputError: ids out of range, no prompt, a mask of another shape, or too many positions; before anything runs.
     """
-    session = session_of(model)
     stock = type(model).generate
+    if ATTRIBUTE not in model.__dict__:
+        # this function was bound before the model was restored
+        return stock(model, *args, **kwargs)
+    session = session_of(model)
     given = _by_name(stock, model, args, kwargs)
     with session.lock:
         outer = session.prompt
+        session.running += 1
         try:
             session.prompt = _check(model, session, given)
             session.last_route = choose_route(model, session, given)
@@ -49,6 +53,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             return stock(model, **given)
         finally:
             session.prompt, session.own_cache = outer, None
+            session.running -= 1
 
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

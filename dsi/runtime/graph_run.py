@@ -48,6 +48,7 @@ class GraphRun:
         model, runner: whose steps.
         cache: filled by the prompt.
         positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
+        reach: the steps to come stay below this position.
         mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
         end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
     """
@@ -59,12 +60,13 @@ class GraphRun:
         runner: DecodeRunner,
         cache: PreallocatedCache,
         positions: Tensor | int,
+        reach: int,
         mask: Tensor | None,
         end_ids: list[int],
         pad: Tensor | None,
     ) -> None:
         self.pool, self.model, self.runner, self.cache = pool, model, runner, cache
-        self.positions, self.mask, self.end_ids, self.pad = positions, mask, end_ids, pad
+        self.positions, self.reach, self.mask, self.end_ids, self.pad = positions, reach, mask, end_ids, pad
         self.layers: list[Any] = cache.layers
         self.key = GraphKey(self.layers[0].keys.shape[0], mask is not None, len(end_ids))
         self.graph: StepGraph | None = None
@@ -74,9 +76,15 @@ class GraphRun:
 
     def ready(self, tokens: Tensor) -> bool:
         """Whether there is a graph; it is set to the text, `tokens` int64 [B] to be fed first."""
-        graph = self.pool.get(self.model, self.runner, self.cache, self.key)
+        # the capture itself writes to the next position
+        for layer in self.layers:
+            layer.make_room(1)
+        graph = self.pool.get(self.model, self.runner, self.cache, self.key, self.reach)
         if graph is None:
             return False
+        if self.runner.reads_whole_buffers():
+            for layer in self.layers:
+                layer.clear_rest()
         length = self.cache.get_seq_length()
         graph.begin(tokens, self.positions + self.taken, length, self.mask)
         graph.set_ends(self.end_ids, self.pad)
@@ -112,6 +120,8 @@ class GraphRun:
         for layer in self.layers:
             layer.advance(total - self.told)
         self.told = total
+        if self.graph is not None:
+            self.graph.done.record()
 
     def _with_room(self, tokens: Tensor) -> StepGraph:
         assert self.graph is not None
@@ -120,8 +130,6 @@ class GraphRun:
         kept, self.chosen = (tokens.clone(), self.graph.finished.clone()), [self.tokens()]
         self.before = self.taken
         self.settle()
-        for layer in self.layers:
-            layer.make_room(1)
         if not self.ready(kept[0]):
             raise RuntimeError(self.pool.failure)
         self.graph.finished.copy_(kept[1])

@@ -122,10 +122,17 @@ class PreallocatedLayer(DynamicLayer):
         return self._key_buffer, self._value_buffer
 
     def make_room(self, positions: int) -> None:
-        """Larger buffers, where these have no room for so many positions more."""
-        if self._length + positions > self.capacity:
+        """Other buffers, where these have no room for so many positions more or must not be written to."""
+        if not self._intact():
+            self._adopt(positions)
+        if self._length + positions > self.capacity or self._sealed():
             self._grow(self._length + positions)
-            self._show()
+        self._show()
+
+    def clear_rest(self) -> None:
+        """Zeros where nothing is filled, for attention that reads the whole buffers and masks what is not."""
+        for buffer in self.buffers():
+            buffer.narrow(2, self._length, self.capacity - self._length).zero_()
 
     def advance(self, positions: int) -> None:
         """So many positions more count as filled: somebody has written them to the buffers."""

@@ -33,10 +33,13 @@ class RopeTable:
             pairs: see `Rope`.
         """
         source = (rotary, pairs, *map(identity, rotary.buffers()))
+        # a CUDA graph reads the memory of the table that it was captured with, however much the table grows
+        held: list[Rope] = []
 
         def rows(hidden: Tensor, positions: Tensor | int) -> Rope:
             needed = positions + 1 if isinstance(positions, int) else reach
-            return rope_rows(self._grown(source, hidden, needed), positions)
+            held[:] = [self._grown(source, hidden, needed)]
+            return rope_rows(held[0], positions)
 
         return rows
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # where the session hangs: in the model's __dict__, past nn.Module.__setattr__
 ATTRIBUTE = "_dsi"
 # what a copy of the model does not take along
-_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache")
+_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache", "running")
 
 
 class Timer(Protocol):
@@ -62,6 +62,7 @@ class Session:
         last_route: what the latest `generate` call did.
         prompt: of the call that runs now.
         graphs: captured decode steps, on CUDA.
+        running: `generate` calls under way, one inside the other.
         own_cache: made for the call that runs now; its caller never had it.
     """
 
@@ -76,6 +77,7 @@ class Session:
     prompt: Prompt | None = attrs.field(default=None, repr=False)
     # None until the first call that could use it
     graphs: GraphPool | None = attrs.field(default=None, repr=False)
+    running: int = 0
     own_cache: PreallocatedCache | None = attrs.field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Session:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), prompt=None, graphs=None, own_cache=None)
+        self.__dict__.update(state, lock=threading.RLock(), prompt=None, graphs=None, own_cache=None, running=0)
 
 
 def session_of(model: Any) -> Session:

@@ -83,13 +83,17 @@ class StepGraph:
         step: the model's parts, bound for as many positions as the cache has room for.
         cache: filled by the prompt; its next position is written to while the graph is made.
         key: what it is for.
+        reach: positions below this may be fed.
         pool: of the allocator, shared by the graphs of one model.
     """
 
-    def __init__(self, step: Step, cache: PreallocatedCache, key: GraphKey, pool: Any) -> None:
+    def __init__(self, step: Step, cache: PreallocatedCache, key: GraphKey, reach: int, pool: Any) -> None:
         layers: list[Any] = cache.layers
         device, rows = layers[0].keys.device, key.batch
-        self.key, self.step, self.capacity = key, step, min(layer.capacity for layer in layers)
+        self.key, self.step, self.reach = key, step, reach
+        self.capacity = min(layer.capacity for layer in layers)
+        # the latest text's last step: the next text may come on another stream
+        self.done = torch.cuda.Event()
         integers = {"dtype": torch.int64, "device": device}
         self.tokens, self.positions = torch.zeros(rows, 1, **integers), torch.zeros(rows, 1, **integers)
         # the new position, how many are filled once it is, and its column of the history
@@ -111,7 +115,7 @@ class StepGraph:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), graph_kernels():
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"), graph_kernels():
             logits = self._run()
         return graph, logits
 
@@ -135,6 +139,7 @@ class StepGraph:
             length: positions in the cache.
             mask: bool [B, 1, 1, T], True = attend, or None.
         """
+        torch.cuda.current_stream().wait_event(self.done)
         self.tokens.copy_(tokens[:, None])
         self.positions.copy_(positions) if isinstance(positions, Tensor) else self.positions.fill_(positions)
         self._count_from(length)
@@ -165,6 +170,7 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[GraphKey, tuple[tuple[int, ...], StepGraph]] = OrderedDict()
+        self._model: tuple[Any, ...] = ()
         self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
         self._memory: Any = None
         self.failure = ""
@@ -186,16 +192,26 @@ class GraphPool:
         while len(self._caches) > KEPT:
             self._caches.popitem(last=False)
 
-    def get(self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey) -> StepGraph | None:
-        """A graph for this cache; None where capturing failed, once and for all."""
+    def forget(self, key: GraphKey) -> None:
+        """Drop a graph: the cache that it writes to is somebody else's now."""
+        self._graphs.pop(key, None)
+
+    def get(
+        self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int
+    ) -> StepGraph | None:
+        """A graph for this cache and positions below `reach`; None where capturing failed."""
         if self.failure:
             return None
-        addresses = _addresses(model, cache)
+        if (parts := _parts(model, runner)) != self._model:
+            # all of them hold weights that are no longer the model's
+            self._graphs.clear()
+            self._model = parts
+        addresses = tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
         found = self._graphs.pop(key, None)
-        if found is None or found[0] != addresses:
+        if found is None or found[0] != addresses or found[1].reach < reach:
             # let go of the old one's memory before the new one asks for its own
             found = None
-            made = self._make(runner, cache, key)
+            made = self._make(runner, cache, key, reach)
             if made is None:
                 return None
             found = addresses, made
@@ -204,20 +220,24 @@ class GraphPool:
             self._graphs.popitem(last=False)
         return found[1]
 
-    def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey) -> StepGraph | None:
+    def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
+        reach = max(reach, *(layer.capacity for layer in cache.layers))
         try:
-            capacity = min(layer.capacity for layer in cache.layers)
-            return StepGraph(runner.bind(capacity), cache, key, self._memory)
-        except RuntimeError as error:
-            # steps without a graph are right; what stood in the way is told, and not tried again
+            # tensors made in inference mode could not be written to outside
+            with torch.inference_mode(False), torch.no_grad():
+                return StepGraph(runner.bind(reach), cache, key, reach, self._memory)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a decode graph: %s", error)
+            return None
+        # whatever a capture, a compiler or a launcher raises: steps without a graph are right
+        except Exception as error:  # noqa: BLE001
             self.failure = f"capturing a decode step failed: {error}"
             logger.warning("%s", self.failure)
             return None
 
 
-def _addresses(model: nn.Module, cache: PreallocatedCache) -> tuple[int, ...]:
-    weights = (parameter.data_ptr() for parameter in model.parameters())
-    buffers = (buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
-    return (*weights, *buffers)
+def _parts(model: nn.Module, runner: DecodeRunner) -> tuple[Any, ...]:
+    """What of a model a graph was captured from: differs once weights moved, or parts were exchanged."""
+    return (*(parameter.data_ptr() for parameter in model.parameters()), *runner.parts_identity())

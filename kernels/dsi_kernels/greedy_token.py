@@ -8,8 +8,7 @@ Two kernels: one program per block of the vocabulary finds its largest logit, th
 rest. Reads the logits once: B * V * itemsize bytes, launch bound. torch's argmax gives a row one block of threads:
 27 us at 128256 (H200).
 
-Everything the next step reads lies on the device, so steps chain without the host. A NaN counts as the largest, as
-torch has it.
+Everything the next step reads lies on the device, so steps chain without the host. A NaN counts as infinity.
 """
 
 from __future__ import annotations

@@ -131,3 +131,44 @@ def test_load_state_dict_that_would_assign_another_dtype_says_so():
     weights = {name: value.bfloat16() for name, value in pair.stock.state_dict().items()}
     with pytest.raises(RuntimeError, match="assign=True"):
         pair.model.load_state_dict(weights, assign=True)
+
+
+def test_restore_from_inside_a_generate_without_a_prompt_is_refused():
+    pair = twins("llama")
+
+    class Restores(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            pair.engine.restore()
+
+    criteria = transformers.StoppingCriteriaList([Restores()])
+    with pytest.raises(dsi.RestoreError, match="is running"):
+        pair.engine.generate(max_new_tokens=4, stopping_criteria=criteria)
+    pair.engine.restore()
+
+
+def test_a_generate_that_was_bound_before_the_restore_is_stocks():
+    pair = twins("llama")
+    generate = pair.model.generate
+    pair.engine.restore()
+    batch = inputs_for("llama")
+    assert torch.equal(generate(**batch, **GREEDY), pair.stock.generate(**batch, **GREEDY))
+
+
+def test_a_last_norm_of_another_dtype_promotes_as_in_stock():
+    pair = twins("llama", dtype=torch.bfloat16)
+    for model in (pair.stock, pair.model):
+        model.model.norm.float()
+        model.lm_head.float()
+    batch = inputs_for("llama")
+    assert torch.equal(pair.model.generate(**batch, **GREEDY), pair.stock.generate(**batch, **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_double_precision_stays_double(family):
+    pair = twins(family)
+    for model in (pair.stock, pair.model):
+        model.double()
+    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    found, wanted = (model.generate(**inputs_for(family), **settings).logits[-1] for model in (pair.model, pair.stock))
+    # generate hands logits out as float32
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()

@@ -1,0 +1,309 @@
+"""Decode steps as graphs, with a stand-in for the capture: what is replayed, from which memory, and who owns it.
+
+The stand-in runs the step anew at each replay, so addresses, positions, ends and pools are the real thing, and stale
+numbers that a real graph would keep do not show. `tests/gpu/test_decode_graphs.py` has the real capture.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+import dsi
+from dsi.runtime import decode, fast_loop, step_graph
+from tests.support.models import inputs_for, tiny
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+class Replayed:
+    """Stands for a captured graph."""
+
+    def __init__(self, step: step_graph.StepGraph) -> None:
+        self.step = step
+
+    def replay(self) -> None:
+        self.step.logits = self.step._run()
+
+
+class Nothing:
+    """Stands for events and streams."""
+
+    def record(self) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+
+class Arrived:
+    """Tokens that are on the host already."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.host = tokens.reshape(-1).clone()
+
+    def ends(self, ending: Any, streamer: Any) -> bool:
+        if streamer is not None:
+            streamer.put(self.host.clone())
+        return ending.all_ended(self.host)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: Any) -> list[step_graph.StepGraph]:
+    """Every step that was captured, newest last."""
+    import dsi_kernels
+
+    made: list[step_graph.StepGraph] = []
+
+    def captured(self: step_graph.StepGraph, pool: Any) -> tuple[Any, torch.Tensor]:
+        made.append(self)
+        with step_graph.graph_kernels():
+            return Replayed(self), self._run()
+
+    monkeypatch.setattr(dsi_kernels, "greedy_token", dsi_kernels.greedy_token_reference)
+    monkeypatch.setattr(step_graph.StepGraph, "_captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Event", Nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
+    monkeypatch.setattr(decode.DecodeRunner, "graph_obstacle", lambda self: "")
+    monkeypatch.setattr(fast_loop, "_Arrival", Arrived)
+    return made
+
+
+class Pair:
+    def __init__(self, model: nn.Module) -> None:
+        self.stock, self.ours = model, copy.deepcopy(model)
+        self.engine = dsi.init_inference(self.ours)
+        self.ours._dsi.graphs = step_graph.GraphPool()
+
+    def check(self, given: dict[str, Any], **arguments: Any) -> Any:
+        settings = {**GREEDY, **arguments}
+        wanted, found = self.stock.generate(**given, **settings), self.ours.generate(**given, **settings)
+        assert torch.equal(*(one if torch.is_tensor(one) else one.sequences for one in (wanted, found)))
+        assert self.ours._dsi.last_route.graph, self.ours._dsi.last_route.reason
+        return found
+
+
+def llama(**settings: Any) -> Pair:
+    return Pair(tiny("llama", **settings))
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_tokens_are_stocks(family, pad, graphs):
+    pair = Pair(tiny(family))
+    for turn, batch in enumerate((1, 3, 1, 3)):
+        pair.check(inputs_for(family, batch, 6, pad, seed=turn))
+    # one for each batch size
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_ends_anywhere(count):
+    pair = llama()
+    given = inputs_for("llama", 3, 6, "left")
+    free = pair.stock.generate(**given, **GREEDY)
+    for model in (pair.stock, pair.ours):
+        model.generation_config.pad_token_id = 0
+    # the first token of one row, a late one of another
+    ends = [int(free[0, 6]), int(free[1, 10]), int(free[2, 8])][:count]
+    pair.check(given, eos_token_id=ends or None)
+    for row in range(3):
+        pair.check({name: x[row : row + 1] for name, x in given.items()}, eos_token_id=ends or None)
+
+
+@pytest.mark.parametrize("arguments", [{"repetition_penalty": 1.3}, {"min_new_tokens": 5}, {"max_time": 9.0}], ids=str)
+def test_other_modes_take_a_step_at_a_time(arguments):
+    llama().check(inputs_for("llama", 2, 6), **arguments)
+
+
+def test_sampling_draws_what_stock_draws():
+    pair, drawn = llama(), []
+    for model in (pair.stock, pair.ours):
+        torch.manual_seed(3)
+        drawn.append(model.generate(**inputs_for("llama", 2, 6), do_sample=True, top_k=9, max_new_tokens=12))
+        drawn.append(torch.rand(1))
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[3])
+
+
+def test_a_text_outgrows_its_cache(monkeypatch):
+    # the package's function has the module's name
+    generate = sys.modules["dsi.runtime.generate"]
+    for module in (fast_loop, generate):
+        monkeypatch.setattr(module, "RESERVE", 4)
+    monkeypatch.setattr(generate, "ROUNDED_TO", 1)
+    pair = llama()
+    for count in (40, 23, 50):
+        pair.check(inputs_for("llama", 2, 6, "left"), max_new_tokens=count)
+        pair.check(inputs_for("llama", 1, 6), max_new_tokens=count, eos_token_id=[66], pad_token_id=0)
+
+
+def test_a_cache_that_was_returned_is_the_callers(graphs):
+    pair = llama()
+    first = pair.check(inputs_for("llama", 2, 6), return_dict_in_generate=True)
+    keys = first.past_key_values.layers[0].keys.clone()
+    pair.check(inputs_for("llama", 2, 9, seed=4))
+    assert torch.equal(first.past_key_values.layers[0].keys, keys)
+    more = torch.cat([first.sequences, torch.full((2, 1), 9)], 1)
+    wanted = pair.stock.generate(more, **GREEDY)
+    assert torch.equal(pair.ours.generate(more, past_key_values=first.past_key_values, **GREEDY), wanted)
+    memory = weakref.ref(first.past_key_values.layers[0])
+    del first
+    graphs.clear()
+    gc.collect()
+    assert memory() is None
+
+
+def test_a_cache_that_is_full_gets_room_first(monkeypatch):
+    generate = sys.modules["dsi.runtime.generate"]
+    for module in (fast_loop, generate):
+        monkeypatch.setattr(module, "RESERVE", 0)
+    monkeypatch.setattr(generate, "ROUNDED_TO", 1)
+    pair = llama()
+    # the prompt fills what was set aside to the last position
+    pair.check(inputs_for("llama", 1, 9))
+    pair.check(inputs_for("llama", 2, 9, "left"))
+
+
+def test_nothing_unfilled_is_attended_to(monkeypatch):
+    """Buffers are born NaN here; attention that reads all of them and masks the rest would spread it."""
+    empty = torch.empty
+
+    def poisoned(*sizes: Any, **options: Any) -> torch.Tensor:
+        made = empty(*sizes, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    pair = llama()
+    monkeypatch.setattr(torch, "empty", poisoned)
+    pair.check(inputs_for("llama", 2, 6, "left"))
+
+
+def test_positions_beyond_the_cache():
+    pair = llama(max_position_embeddings=4096)
+    given = inputs_for("llama", 1, 7)
+    pair.check({**given, "position_ids": torch.arange(1000, 1007)[None]})
+    pair.check(given)
+
+
+def test_the_rotary_table_of_a_graph_outlives_the_models(graphs):
+    pair = llama(max_position_embeddings=2048)
+    pair.check(inputs_for("llama", 1, 7))
+    table = weakref.ref(pair.ours._dsi.runner.table._rope.cos)
+    pair.check(inputs_for("llama", 2, 7), max_new_tokens=400)
+    gc.collect()
+    # the larger table has taken its place, and the first graph would still read it
+    assert table() is not None
+    pair.check(inputs_for("llama", 1, 7))
+    assert len(graphs) == 2
+
+
+class Mirrored(nn.Module):
+    """A head around the model's own."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    @property
+    def weight(self) -> Any:
+        return self.head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.head(x)
+
+
+def rotary_changed(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def head_wrapped(model: Any) -> None:
+    model.lm_head = Mirrored(model.lm_head).eval()
+
+
+def weights_moved(model: Any) -> None:
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+
+
+@pytest.mark.parametrize("change", [rotary_changed, head_wrapped, weights_moved])
+def test_a_changed_model_gets_another_graph(change, graphs):
+    pair, given = llama(), inputs_for("llama", 1, 7)
+    pair.check(given)
+    pair.check(given)
+    assert len(graphs) == 1
+    for model in (pair.stock, pair.ours):
+        change(model)
+    pair.check(given)
+    assert len(graphs) == 2
+
+
+def test_inference_mode_or_not():
+    pair = llama()
+    pair.check(inputs_for("llama", 2, 7))
+    with torch.inference_mode():
+        pair.check(inputs_for("llama", 2, 7, "left"))
+    pair.check(inputs_for("llama", 2, 7, "left"))
+
+
+def test_sliding_windows_decode_without_a_graph_call_after_call():
+    config = MistralConfig(
+        vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    stock = copy.deepcopy(model)
+    dsi.init_inference(model)
+    model._dsi.graphs = step_graph.GraphPool()
+    for _ in range(2):
+        ids = torch.randint(4, 60, (1, 7))
+        assert torch.equal(model.generate(ids, **GREEDY), stock.generate(ids, **GREEDY))
+
+
+def test_a_capture_that_fails_is_told_and_the_text_goes_on(monkeypatch):
+    def fails(*_: Any) -> Any:
+        raise ValueError("no such launch")
+
+    pair = llama()
+    monkeypatch.setattr(step_graph.StepGraph, "_captured", fails)
+    given = inputs_for("llama", 1, 7)
+    assert torch.equal(pair.ours.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
+    assert "no such launch" in pair.ours._dsi.last_route.reason
+
+
+def test_calls_inside_calls():
+    pair, given = llama(), inputs_for("llama", 1, 7)
+    inner = []
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            if not inner:
+                inner.append(pair.ours.generate(**inputs_for("llama", 1, 5, seed=8), **GREEDY))
+            return torch.zeros(1, dtype=torch.bool)
+
+    outer = pair.ours.generate(**given, **GREEDY, stopping_criteria=StoppingCriteriaList([Asks()]))
+    assert torch.equal(outer, pair.stock.generate(**given, **GREEDY))
+    assert torch.equal(inner[0], pair.stock.generate(**inputs_for("llama", 1, 5, seed=8), **GREEDY))
+
+
+def test_copies_have_no_graphs():
+    pair, given = llama(), inputs_for("llama", 1, 7)
+    pair.check(given)
+    copied = copy.deepcopy(pair.ours)
+    assert copied._dsi.graphs is None
+    assert torch.equal(copied.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
+
+
+def test_restore_drops_them(graphs):
+    pair, given = llama(), inputs_for("llama", 1, 7)
+    pair.check(given)
+    graph = weakref.ref(graphs.pop())
+    pair.engine.restore()
+    gc.collect()
+    assert graph() is None
+    assert torch.equal(pair.ours.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
