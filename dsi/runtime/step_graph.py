@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsi.containers.ops import Heads, graph_kernels
+from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.decode import DecodeRunner, Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
@@ -229,10 +230,12 @@ class GraphPool:
             with torch.inference_mode(False), torch.no_grad():
                 return StepGraph(runner.bind(reach), cache, key, reach, self._memory)
         except torch.OutOfMemoryError as error:
+            end_failed_capture(cache.layers[0].keys.device)
             logger.warning("no memory for a decode graph: %s", error)
             return None
         # whatever a capture, a compiler or a launcher raises: steps without a graph are right
         except Exception as error:  # noqa: BLE001
+            end_failed_capture(cache.layers[0].keys.device)
             self.failure = f"capturing a decode step failed: {error}"
             logger.warning("%s", self.failure)
             return None

@@ -206,3 +206,26 @@ def test_without_graphs_if_asked() -> None:
     settings = {"max_new_tokens": 9, "do_sample": False}
     assert torch.equal(engine.generate(**given, **settings), stock.generate(**given, **settings))
     assert not engine.module._dsi.last_route.graph
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch: Any) -> None:
+    from dsi.runtime.step_graph import StepGraph
+
+    run, calls = StepGraph._run, []
+
+    def reads_back(self: StepGraph) -> torch.Tensor:
+        logits = run(self)
+        calls.append(1)
+        # the warm-up may, the capture may not
+        return logits if len(calls) == 1 else logits * float(logits.sum())
+
+    monkeypatch.setattr(StepGraph, "_run", reads_back)
+    stock = tiny("llama").to(DEVICE)
+    engine = dsi.init_inference(copy.deepcopy(stock))
+    given = {name: x.to(DEVICE) for name, x in inputs_for("llama", 2, 6).items()}
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(engine.generate(**given, **settings), stock.generate(**given, **settings))
+    assert "capturing a decode step failed" in engine.module._dsi.last_route.reason
+    # random numbers, and captures, go on
+    assert torch.randn(4, device=DEVICE).isfinite().all()
+    engine.generate(**given, do_sample=True, max_new_tokens=5)

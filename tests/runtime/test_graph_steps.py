@@ -73,6 +73,7 @@ def graphs(monkeypatch: Any) -> list[step_graph.StepGraph]:
     monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
     monkeypatch.setattr(decode.DecodeRunner, "graph_obstacle", lambda self: "")
     monkeypatch.setattr(fast_loop, "_Arrival", Arrived)
+    monkeypatch.setattr(step_graph, "end_failed_capture", lambda device: None)
     return made
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dsi.runtime.capture import end_failed_capture
 from dsi.testing.compare import check_same, forward, tensors
 from dsi.testing.report import Failed, Outcome, not_run, passed
 from dsi.testing.subject import Subject, containers
@@ -158,6 +159,11 @@ def _capture(layer: nn.Module, static: LayerArguments) -> tuple[Any, Any]:
             static.on(layer)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = static.on(layer)
+    try:
+        with torch.cuda.graph(graph):
+            output = static.on(layer)
+    except Exception:
+        # the checks after this one draw random numbers
+        end_failed_capture()
+        raise
     return graph, output
