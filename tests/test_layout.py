@@ -173,7 +173,7 @@ _FAMILIES = frozenset(
 )
 # ordinary words, unless they are written as a class or a module of transformers
 _CLASS_OR_MODULE = re.compile(
-    r"\b(?:CLIP[A-Z]|OPT[A-Z][a-z]|Phi\d?[A-Z]|T5[A-Z]|modeling_(?!(?:auto|utils)\b)[a-z]|models\.(?!auto\b)[a-z])"
+    r"\b(?:CLIP[A-Z]|OPT[A-Z][a-z]|Phi\d?[A-Z]|T5[A-Z]|modeling_(?!(?:auto|rope_utils|utils)\b)[a-z]|models\.(?!auto\b)[a-z])"
 )
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 

@@ -19,6 +19,8 @@ from dsi.testing.compare import distance
 
 LENGTH = 7
 _ROUNDING = 1e-6
+# what every container knows of itself: hooks record, and a layer asked for attentions is stock
+_UNDERSTOOD = ("is_causal", "output_attentions", "output_hidden_states")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -105,7 +107,7 @@ def read_convention(layer: nn.Module, recorded: Recorded) -> Convention:
     if many:
         raise UnsupportedModelError(f"several arguments could be the {next(iter(many.items()))}")
     mask, cache, rope = (next(iter(named[role]), "") for role in ("mask", "cache", "rope"))
-    rest = [name for name, role in roles.items() if not role and name != "is_causal"]
+    rest = [name for name, role in roles.items() if not role and name not in _UNDERSTOOD]
     plain = recorded.plain_of(layer)
     replay = Replay(plain)
     # a flag that is off says nothing, and one that is on is not understood

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -23,7 +26,7 @@ from dsi.drafting.replay import LayerCalled, Replay
 from dsi.drafting.source import Guard, render
 from dsi.drafting.specimen import FIRST, SECOND, Species, Specimen
 from dsi.drafting.stack import Stack, find_stacks
-from dsi.drafting.surroundings import find_causal_lm, find_context
+from dsi.drafting.surroundings import ROPE_PARAMETERS, find_causal_lm, find_context, is_static, rope_types
 from dsi.drafting.trial import Verdict, try_policy
 from dsi.drafting.variants import Variant, variants
 from dsi.errors import DsiError, UnsupportedModelError
@@ -32,6 +35,12 @@ from dsi.policy import Alibi, CausalLM, Config, Const, Fact, Policy, RotaryTable
 logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+_MEASURED: Mapping[str, Callable[[Sample], bool]] = MappingProxyType(
+    {"pre_norm": lambda one: one.anatomy.pre_norm, "parallel": lambda one: one.anatomy.parallel}
+)
+# of the containers, those that a config may set and no measurement tells
+_FLAGS = ("add_to_normed", "repeat_kv", "rope_pairs")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
 @attrs.frozen(kw_only=True)
@@ -89,13 +98,14 @@ class _Drafter:
     def draft(self) -> Draft:
         anatomy = self._anatomy(self.first, self.recorded)
         samples = self._samples(anatomy)
-        self.known = self._known(samples)
+        self.known = self._known(self._with_more_kv_heads(samples))
         self.answers = self._settle(self.proof)
         self._attention()
         # small models in which the policy is equal
         self.held = list(self.proof)
         self._variants(anatomy)
         policy = self._surround(self.known.policy(self.answers, **self.differences))
+        self.unsure.append("settings of the config were changed one at a time: of several at once nothing is known")
         source = render(policy, self.guards, self.sure, self.unsure)
         policy = load_source(source)
         generate = bool(policy.models)
@@ -122,6 +132,29 @@ class _Drafter:
             raise UnsupportedModelError("with other sizes the layer is built differently")
         self.proof.append(second)
         return [*samples, *self._of(second, other)]
+
+    def _with_more_kv_heads(self, samples: list[Sample]) -> list[Sample]:
+        """The samples, with one of as many kv heads as heads where one kv head leaves the layout open."""
+        first = samples[0]
+        if len(first.anatomy.layouts) < 2 or first.anatomy.count.kv_heads > 1:
+            return samples
+        flags = [name for name, value in vars(first.config).items() if isinstance(value, bool)]
+        for name in flags:
+            changes = {name: not getattr(first.config, name), **dict.fromkeys(_KV_HEADS, first.anatomy.count.heads)}
+            known = {key: value for key, value in changes.items() if hasattr(first.config, key)}
+            try:
+                other = self.species.specimen(changes=known, inside=self._inside())
+                anatomy = self._anatomy(other, record_calls(other, self.stacks))
+            except UnsupportedModelError:
+                continue
+            if anatomy.count.kv_heads > 1 and same_shape(first.anatomy, anatomy):
+                layouts = ", ".join(anatomy.layouts)
+                self._say(f"with {name}={known[name]} there are {anatomy.count.kv_heads} kv heads: layout {layouts}")
+                self.proof.append(other)
+                return [*samples, *self._of(other, anatomy)[:1]]
+        raise UnsupportedModelError(
+            f"with one kv head the layouts {', '.join(first.anatomy.layouts)} are the same, and no small model has more"
+        )
 
     def _of(self, specimen: Specimen, anatomy: Anatomy) -> list[Sample]:
         config = self.stack.config(specimen.model)
@@ -195,6 +228,7 @@ class _Drafter:
 
     def _window(self, samples: list[Sample]) -> dict[str, Fact]:
         calls = {call.layer: call for call in self._calls()}
+        samples = [one for one in samples if one.layer in calls]
         seen = {one.layer: _reach(one, calls[one.layer]) for one in samples}
         if not any(seen.values()):
             return {}
@@ -269,26 +303,35 @@ class _Drafter:
         for variant in variants(self.species, self.first, inside=self._inside(), owner=self.stack.config):
             policy = self.known.policy(self.answers, **self.differences)
             verdict = self._try(policy, variant.specimen)
-            if verdict.equal or verdict.refused or self._mended(anatomy, variant):
+            if verdict.equal or verdict.refused or self._mended(anatomy, variant, verdict):
                 held.append(variant.name)
                 self.held += [] if verdict.refused else [variant.specimen]
-                continue
-            self.guards.append(
-                Guard(variant.name, variant.before, f"{variant.name}={variant.value!r} was run: {_line(verdict)}")
-            )
+            else:
+                self._guard(variant, verdict)
         if held:
             self._say(f"still equal with other values of {', '.join(held)}")
         if self.guards:
-            self._say(f"refused with other values of {', '.join(g.name for g in self.guards)}: not equal when run")
+            names = ", ".join(guard.name for guard in self.guards)
+            self._say(f"refused with other values of {names}: run, the container was not equal or not called")
 
-    def _mended(self, anatomy: Anatomy, variant: Variant) -> bool:
+    def _guard(self, variant: Variant, verdict: Verdict) -> None:
+        why = textwrap.shorten(f"{variant.name}={variant.value!r} was run: {verdict}", 100)
+        self.guards.append(Guard(variant.name, variant.before, why))
+
+    def _mended(self, anatomy: Anatomy, variant: Variant, verdict: Verdict) -> bool:
         """Whether reading a fact elsewhere, or another candidate, holds for the variant too."""
-        before = dict(self.differences)
-        proof = [*self.proof, variant.specimen]
-        if self._rebound(anatomy, variant) and self._worst(self._policy(), proof).equal:
-            self.proof.append(variant.specimen)
-            return True
+        before, proof = dict(self.differences), [*self.proof, variant.specimen]
+        for read in self._readings(anatomy, variant):
+            self.differences = {**before, **read}
+            if self._worst(self._policy(), proof[::-1]).equal:
+                self.proof.append(variant.specimen)
+                for name, fact in read.items():
+                    self._say(f"{name} follows {fact!r}, tried with {variant.name}={variant.value!r}")
+                return True
         self.differences = before
+        if verdict.fault:
+            # it is no number that is wrong
+            return False
         for answers in itertools.islice(self.known.candidates(), 64):
             if self._worst(self.known.policy(answers, **self.differences), proof[::-1]).equal:
                 self._say(f"with {variant.name}={variant.value!r} too: {answers}")
@@ -300,25 +343,20 @@ class _Drafter:
     def _policy(self) -> Policy:
         return self.known.policy(self.answers, **self.differences)
 
-    def _rebound(self, anatomy: Anatomy, variant: Variant) -> bool:
-        """Whether a flag of the layer's form can be read where it follows the variant."""
-        try:
+    def _readings(self, anatomy: Anatomy, variant: Variant) -> Iterator[dict[str, Fact]]:
+        """Sources of the layer's flags that follow the variant: as measured, then any flag that it may stand for."""
+        changed = self._of(variant.specimen, anatomy)[:1]
+        with contextlib.suppress(UnsupportedModelError):
             other = self._anatomy(variant.specimen, record_calls(variant.specimen, self.stacks))
-        except UnsupportedModelError:
-            return False
-        samples = [*self.known.samples[:1], *self._of(variant.specimen, other)[:1]]
-        flags: dict[str, Callable[[Sample], bool]] = {
-            "pre_norm": lambda one: one.anatomy.pre_norm,
-            "parallel": lambda one: one.anatomy.parallel,
-        }
-        moved = [name for name, flag in flags.items() if flag(samples[0]) != flag(samples[1])]
-        try:
-            self.differences |= {name: one_source(samples, name, flags[name]) for name in moved}
-        except UnsupportedModelError:
-            return False
-        for name in moved:
-            self._say(f"{name} follows {self.differences[name]!r}, tried with {variant.name}={variant.value!r}")
-        return bool(moved)
+            samples = [self.known.samples[0], *self._of(variant.specimen, other)[:1]]
+            moved = [name for name, flag in _MEASURED.items() if flag(samples[0]) != flag(samples[1])]
+            if moved:
+                yield {name: one_source(samples, name, _MEASURED[name]) for name in moved}
+        if isinstance(variant.value, bool):
+            samples = [self.known.samples[0], *changed]
+            values = {samples[0].layer: variant.before, samples[1].layer: variant.value}
+            source = one_source(samples, variant.name, lambda one: values[one.layer])
+            yield from ({name: source} for name in _FLAGS)
 
     # --- around the layers ------------------------------------------------------------------------------------
 
@@ -356,23 +394,38 @@ class _Drafter:
                     yield one
 
     def _generating(self, policy: Policy) -> Verdict:
-        """The first small model in which greedy search is another, or the last in which it is not."""
-        verdict = Verdict(distance=0.0)
+        """The first small model whose greedy search is another; by transformers' loop where a variant asks for it."""
         for specimen in self.held:
             verdict = self._try(policy, specimen, generate=True)
-            if not verdict.equal:
-                break
-        return verdict
+            if not verdict.equal and (specimen in self.proof or not verdict.right):
+                return verdict
+        return Verdict(distance=0.0, right=True)
 
     def _with_loop(self, policy: Policy, parts: CausalLM) -> Policy:
         count = len(self.held)
         self._say(f"generate takes dsi's loop: greedy search gives the same tokens and logits in {count} small models")
         if parts.rotary is not None:
-            self.unsure.append(
-                "Rotary(static_when=...): the rope types whose terms depend on the position alone; without it they are "
-                "computed at each step, which is right and slower"
-            )
+            parts = attrs.evolve(parts, rotary=attrs.evolve(parts.rotary, static_when=self._static(parts.rotary.path)))
         return attrs.evolve(policy, models=(parts,))
+
+    def _static(self, path: str) -> frozenset[str]:
+        """The rope types whose terms may be read from a table."""
+        found = set()
+        for name in rope_types():
+            given = getattr(self.first.model.config.get_text_config(), "rope_parameters", None) or {}
+            kept = {key: given[key] for key in ("rope_theta", "partial_rotary_factor") if key in given}
+            changes = {"rope_parameters": {**kept, "rope_type": name, **ROPE_PARAMETERS}}
+            try:
+                specimen = self.species.specimen(changes=changes)
+                static = specimen.model.get_submodule(path).rope_type == name and is_static(specimen, path)
+            # a type that this architecture does not have
+            except (DsiError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+                continue
+            found |= {name} if static else set()
+        self._say(
+            f"rotary terms depend on the position alone for the rope types {', '.join(sorted(found)) or '(none)'}"
+        )
+        return frozenset(found)
 
     def _without_loop(self, policy: Policy, reason: str) -> Policy:
         self.unsure.append(f"the parts around the layers: generate runs transformers' loop, because {reason}")
@@ -426,10 +479,6 @@ def _roles(anatomy: Anatomy) -> str:
     said = [f"{place} {path}" for place, (path, _) in anatomy.norms.items()]
     said += [f"qkv {', '.join(anatomy.qkv)}", f"out {anatomy.out}", f"MLP {', '.join(anatomy.mlp)} ({anatomy.form})"]
     return "; ".join(said)
-
-
-def _line(verdict: Verdict) -> str:
-    return " ".join(str(verdict).split())[:70]
 
 
 def _requires() -> str:

@@ -127,7 +127,7 @@ def scales(samples: Sequence[Sample]) -> list[Fact]:
 
 
 def _near_first(found: list[Config | Attr]) -> list[Config | Attr]:
-    return sorted(found, key=lambda one: (isinstance(one, Config), len(str(one))))
+    return sorted(found, key=lambda one: (isinstance(one, Config), "scal" not in str(one), -len(str(one))))
 
 
 def _is_factor(source: Fact, samples: Sequence[Sample]) -> bool:

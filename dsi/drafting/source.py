@@ -200,11 +200,12 @@ def _supports(guards: Sequence[Guard]) -> str:
     for guard in guards:
         test = "is not" if guard.value is None or isinstance(guard.value, bool) else "!="
         shown = repr_(guard.value) if isinstance(guard.value, str) else repr(guard.value)
-        lines += [
-            f"    # {guard.why}",
-            f"    if config.{guard.name} {test} {shown}:",
-            f'        return Refusal(reason=f"{guard.name}={{config.{guard.name}!r}} is not implemented")',
-        ]
+        reason = f'reason=f"{guard.name}={{config.{guard.name}!r}} is not implemented"'
+        lines += [f"    # {guard.why}", f"    if config.{guard.name} {test} {shown}:"]
+        if len(reason) < _WIDTH - 10:
+            lines.append(f"        return Refusal({reason})")
+        else:
+            lines += ["        return Refusal(", f"            {reason}", "        )"]
     return "\n".join([*lines, "    return None\n"])
 
 

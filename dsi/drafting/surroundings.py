@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -95,6 +97,32 @@ def find_causal_lm(specimen: Specimen, stack: Stack) -> CausalLM:
         logit_cap=_cap(specimen, seen, head),
         context=_context_attribute(specimen),
     )
+
+
+ROPE_PARAMETERS: Mapping[str, Any] = MappingProxyType(
+    {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+)
+"""What the rope types read beside `rope_theta`, for a small model; a type ignores what it does not know."""
+
+
+def rope_types() -> tuple[str, ...]:
+    """The rope types that transformers knows."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return "default", *sorted(ROPE_INIT_FUNCTIONS.keys() - {"default"})
+
+
+@torch.no_grad()
+def is_static(specimen: Specimen, path: str) -> bool:
+    """Whether the rotary terms at `path` depend on the position alone: not on length, batch or what came before."""
+    rotary = specimen.model.get_submodule(path)
+    limit = int(getattr(specimen.model.config.get_text_config(), "max_position_embeddings", 64))
+    short, long = (torch.arange(length)[None] for length in (5, 2 * limit))
+    hidden = torch.zeros(1, 1, 1)
+    terms = [
+        torch.stack(rotary(hidden, p.expand(rows, -1)))[:, :1, :5] for rows, p in ((1, short), (2, long), (1, short))
+    ]
+    return all(torch.equal(one, terms[0]) for one in terms)
 
 
 def _norm(model: nn.Module, path: str) -> Norm | None:
