@@ -77,6 +77,25 @@ def test_a_setting_that_changes_the_layer_is_refused(drafts):
     assert drafts["bert"].policy.supports(transformers.BertConfig()) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "fact", "source"),
+    [
+        ("opt", "pre_norm", Attr("do_layer_norm_before")),
+        ("gpt_neox", "parallel", Attr("use_parallel_residual")),
+        ("bloom", "add_to_normed", Attr("apply_residual_connection_post_layernorm")),
+    ],
+)
+def test_a_flag_is_read_where_a_changed_setting_shows_it(name, fact, source):
+    found = draft(skeleton(name))
+    assert block_of(found).facts[fact] == source
+    assert found.policy.models
+
+
+@pytest.mark.slow
+def test_a_layout_that_one_kv_head_leaves_open_is_settled_with_more():
+    assert block_of(draft(skeleton("falcon"))).slots["qkv"].layout == "kv_grouped"
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_the_file_is_the_policy(drafts, name):
     found = drafts[name]
