@@ -151,8 +151,8 @@ def _is_free(replay: Replay, name: str) -> bool:
         runs = [replay.run(without=(name,))]
         if isinstance(value, bool):
             runs.append(replay.run(other={name: not value}))
-    # the layer cannot do without it
-    except Exception:  # noqa: BLE001
+    except UnsupportedModelError:
+        # the layer cannot do without it
         return False
     return all(distance(run.output, replay.base.output)[0] < _ROUNDING for run in runs)
 
@@ -197,7 +197,11 @@ def _is_causal(call: LayerCalled, mask: str) -> bool:
     left = {name: value for name, value in call.arguments.items() if name != "is_causal"}
     if mask:
         left[mask] = None
-    replay = Replay(attrs.evolve(call, arguments=copy.deepcopy(left)))
+    try:
+        replay = Replay(attrs.evolve(call, arguments=copy.deepcopy(left)))
+    except UnsupportedModelError:
+        # it is never called without a mask
+        return False
     other = call.hidden.clone()
     other[:, -1] += noise(other[:, -1])
     moved = replay.run(hidden=other).result

@@ -15,6 +15,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from dsi.errors import UnsupportedModelError
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -137,7 +139,13 @@ class Replay:
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         name = next(iter(arguments))
-        return self.call.layer(arguments.pop(name), **arguments)
+        try:
+            return self.call.layer(arguments.pop(name), **arguments)
+        # whatever a layer raises that is called in another way than by its parent
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(self.call.layer).__name__} does not run alone: {type(error).__name__}: {error}"
+            ) from error
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
