@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
-from dsi.containers.linear import FusedLinear
+from dsi.containers.linear import FusedLinear, has_bf16
 
 
 class Rope(NamedTuple):
@@ -264,6 +264,8 @@ class AtenOps:
             # heads of 64: 30 us against 20 us at 48 positions, 528 us against 155 us at 1000)
             wide = (mask.float() if mask is not None and mask.is_floating_point() else mask, causal, scale)
             return self.attend(q.float(), k.float(), v.float(), *wide).to(q.dtype)
+        if mask is None and not causal and length in OPEN_LENGTHS and _opens(q, k):
+            return _open(q, k, v, scale)
         if heads != kv_heads:
             if length == 1:
                 # the queries of a group take the place of positions: no copy of k and v
@@ -307,6 +309,24 @@ def _even(out: Tensor, mask: Tensor, v: Tensor) -> Tensor:
     """
     shut = mask.amax(-1, keepdim=True) < torch.finfo(torch.float16).min / 2
     return torch.where(shut, v.mean(2, keepdim=True), out)
+
+
+# positions at which bf16 attention without a mask is the faster in the open than as torch's one operation: 350 us
+# against 405 us at 12 heads of 64 and 128 positions, as much at 64, and three times as slow at 160 (2-core Zen 5)
+OPEN_LENGTHS = range(96, 129)
+
+
+def _opens(q: Tensor, k: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape == q.shape and has_bf16()
+
+
+def _open(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention with scores and softmax in fp32 and the weights rounded to v's dtype."""
+    batch, heads, length, width = q.shape
+    scores = torch.matmul(q.float().mul_(scale), k.float().transpose(-1, -2))
+    # each row is read before it is written
+    weights = torch.softmax(scores, dim=-1, out=scores).to(v.dtype)
+    return torch.matmul(weights, v).transpose(1, 2).reshape(batch, length, heads * width)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:

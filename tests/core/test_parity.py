@@ -10,7 +10,9 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import dsi
+from dsi.containers import ops
 from dsi.containers.activations import KIND_OF_NAME
+from dsi.containers.linear import has_bf16
 from tests.core.twins import (
     FP32,
     LARGE,
@@ -537,3 +539,33 @@ def test_inputs_are_left_as_they_were():
         kept = hidden.clone()
         layer(hidden, None)
         assert torch.equal(hidden, kept)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the processor has no bfloat16 products")
+@pytest.mark.parametrize("length", [95, 96, 128, 129])
+def test_bf16_attention_in_the_open_is_no_worse_than_bf16_is(length, monkeypatch):
+    """The outputs are bf16: their rounding, and that of the weights, is what the error may be."""
+    q, k, v = (x.bfloat16() for x in torch.randn(3, 2, 12, length, 64))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
+    exact, opened = exact.transpose(1, 2).reshape(2, length, -1), []
+    monkeypatch.setattr(ops, "_open", lambda *args, of=ops._open: opened.append(1) or of(*args))
+    found = ops.AtenOps().attend(q, k, v, None, False, 0.3)
+    assert len(opened) == (96 <= length <= 128)
+    assert (found.double() - exact).norm() <= 2**-8 * exact.norm()
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the processor has no bfloat16 products")
+def test_a_bf16_encoder_at_128_positions_is_no_worse_than_stock():
+    ours, stock = [], []
+    for seed in range(3):
+        exact = tiny("bert", seed=seed, max_position_embeddings=128)
+        low = copy.deepcopy(exact).bfloat16()
+        reference = copy.deepcopy(low).float()
+        model = copy.deepcopy(low)
+        dsi.init_inference(model)
+        ids = torch.randint(FIRST_WORD, VOCAB, (2, 128))
+        with torch.no_grad():
+            wanted = reference(ids)[0]
+            stock.append(((low(ids)[0].float() - wanted).norm() / wanted.norm()).item())
+            ours.append(((model(ids)[0].float() - wanted).norm() / wanted.norm()).item())
+    assert sum(ours) <= 1.2 * sum(stock)
