@@ -2,6 +2,8 @@
 
 `AtenOps` runs anywhere and is what CPU uses; `TritonOps` replaces what its kernels cover and inherits the rest.
 A table has no state, so a container holds one by name and survives pickling and device moves.
+
+The tables stand in one module, past 500 lines: each operation is one promise, and is read beside its other forms.
 """
 
 from __future__ import annotations
@@ -351,7 +353,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 # bytes of the hidden states (or keys) from which a kernel of ours is worth its launch outside of a CUDA graph. A launch
 # through Triton costs the host 40 to 90 us, one of torch's 5 to 15 (H200 machine), and below this the device waits for
-# the host: BERT-base at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
+# the host: an encoder of 12 layers of 768 at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
 KERNEL_FROM = 1 << 22
 
 
