@@ -177,7 +177,7 @@ class _Loop:
             if run.ready(tokens):
                 self.session.last_route = Route(True, graph=True)
                 return run
-            reason = pool.failure
+            reason = pool.reason
         self.session.last_route = Route(True, f"steps without a graph: {reason}")
         return None
 

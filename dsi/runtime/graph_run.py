@@ -131,6 +131,6 @@ class GraphRun:
         self.before = self.taken
         self.settle()
         if not self.ready(kept[0]):
-            raise RuntimeError(self.pool.failure)
+            raise RuntimeError(f"generate: the text outgrew its KV cache, and {self.pool.reason}")
         self.graph.finished.copy_(kept[1])
         return self.graph

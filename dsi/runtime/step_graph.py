@@ -174,7 +174,8 @@ class GraphPool:
         self._model: tuple[Any, ...] = ()
         self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
         self._memory: Any = None
-        self.failure = ""
+        # why no graph may be tried any more, and why the latest was not to be had
+        self.failure = self.reason = ""
 
     def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
         """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
@@ -231,12 +232,13 @@ class GraphPool:
                 return StepGraph(runner.bind(reach), cache, key, reach, self._memory)
         except torch.OutOfMemoryError as error:
             end_failed_capture(cache.layers[0].keys.device)
-            logger.warning("no memory for a decode graph: %s", error)
+            self.reason = f"no memory for a decode graph: {error}"
+            logger.warning("%s", self.reason)
             return None
         # whatever a capture, a compiler or a launcher raises: steps without a graph are right
         except Exception as error:  # noqa: BLE001
             end_failed_capture(cache.layers[0].keys.device)
-            self.failure = f"capturing a decode step failed: {error}"
+            self.failure = self.reason = f"capturing a decode step failed: {error}"
             logger.warning("%s", self.failure)
             return None
 

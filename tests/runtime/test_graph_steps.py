@@ -308,3 +308,17 @@ def test_restore_drops_them(graphs):
     gc.collect()
     assert graph() is None
     assert torch.equal(pair.ours.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
+
+
+def test_no_memory_for_a_graph_is_told_and_tried_again(monkeypatch, graphs):
+    captured = step_graph.StepGraph._captured
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    pair, given = llama(), inputs_for("llama", 1, 7)
+    monkeypatch.setattr(step_graph.StepGraph, "_captured", fails)
+    assert torch.equal(pair.ours.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
+    assert "no memory for a decode graph: 2 GiB" in pair.ours._dsi.last_route.reason
+    monkeypatch.setattr(step_graph.StepGraph, "_captured", captured)
+    pair.check(given)
