@@ -18,7 +18,7 @@ from dsi.config import InferenceConfig
 from dsi.containers.base import Container
 from dsi.containers.casting import is_lossless
 from dsi.containers.linear import choose_form
-from dsi.containers.ops import choose_ops
+from dsi.containers.tables import choose_ops
 from dsi.errors import ConfigError, PolicyError, UnsupportedModelError
 from dsi.fit import Fit, Reason, class_name, fit, submodule
 from dsi.policy import Block, CausalLM, Keep, Norm, Policy

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dsi.containers.linear import FusedLinear
-from dsi.containers.ops import TABLES, AtenOps, NormOp, Rope, choose_ops
+from dsi.containers.ops import AtenOps, NormOp, Rope
+from dsi.containers.tables import TABLES, choose_ops
 from dsi.errors import PolicyError, UnsupportedModelError
 from dsi.policy import Call, Refusal, RotaryTable, Slot
 

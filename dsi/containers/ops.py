@@ -1,16 +1,11 @@
-"""The operations between the linear layers, one table a device; which table is used is decided at injection.
+"""The operations between the linear layers, as torch has them. They run anywhere, and are what CPU uses.
 
-`AtenOps` runs anywhere and is what CPU uses; `TritonOps` replaces what its kernels cover and inherits the rest.
-A table has no state, so a container holds one by name and survives pickling and device moves.
-
-The tables stand in one module, past 500 lines: each operation is one promise, and is read beside its other forms.
+`dsi.containers.tables` says which table of operations a device gets, `triton_ops` and `triton_step` replace what our
+kernels cover. A table has no state, so a container holds one by name and survives pickling and device moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
-from dsi.containers.linear import FusedLinear, has_bf16
+from dsi.containers.linear import has_bf16
 
 
 class Rope(NamedTuple):
@@ -349,195 +344,3 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
     """Every head of x [B, heads, S, d] that many times in a row."""
     batch, heads, length, width = x.shape
     return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
-
-
-# bytes of the hidden states (or keys) from which a kernel of ours is worth its launch outside of a CUDA graph. A launch
-# through Triton costs the host 40 to 90 us, one of torch's 5 to 15 (H200 machine), and below this the device waits for
-# the host: an encoder of 12 layers of 768 at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
-KERNEL_FROM = 1 << 22
-
-
-_IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
-
-
-@contextmanager
-def graph_kernels() -> Iterator[None]:
-    """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free."""
-    before = _IN_GRAPH.set(True)
-    try:
-        yield
-    finally:
-        _IN_GRAPH.reset(before)
-
-
-def _torch_wins(x: Tensor) -> bool:
-    """Whether torch's own launches are the faster ones: little to do, and no graph that would replay ours for free."""
-    return x.is_cuda and x.nbytes < KERNEL_FROM and not _IN_GRAPH.get()
-
-
-def _as_matvec(linear: Any, x: Tensor, norm: NormOp | None = None) -> bool:
-    """Whether a layer's product is one of `dsi_kernels.matvec`."""
-    # a rank's part of a layer has a class of its own
-    plain = type(linear) is FusedLinear and linear.form == "aten"
-    return plain and _is_matvec(x, linear.weight, norm)
-
-
-def _is_matvec(x: Tensor, weight: Tensor, norm: NormOp | None) -> bool:
-    """Whether norm(x) @ weight^T is one of `dsi_kernels.matvec`: in a graph, one or two rows, nothing strange."""
-    from dsi_kernels.matvec import MAX_NORM_WIDTH, MAX_ROWS
-
-    if not _IN_GRAPH.get() or x.dim() != 2 or x.shape[0] > MAX_ROWS:
-        return False
-    if not x.is_contiguous() or not weight.is_contiguous() or weight.dtype is not x.dtype:
-        return False
-    if norm is None:
-        return True
-    known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
-    return known and x.shape[1] <= MAX_NORM_WIDTH
-
-
-def _norm_arguments(norm: NormOp) -> dict[str, Any]:
-    return {"norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-
-
-class TritonOps(AtenOps):
-    """dsi_kernels where one covers the operation and the host can keep up with them; the rest is torch's."""
-
-    name = "triton"
-
-    def norm(self, norm: NormOp, x: Tensor) -> Tensor:
-        if _torch_wins(x):
-            return super().norm(norm, x)
-        import dsi_kernels
-
-        x = x.contiguous()
-        if norm.kind == "layer":
-            return dsi_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        if norm.weight is None or norm.offset:
-            return super().norm(norm, x)
-        return dsi_kernels.rms_norm(x, norm.weight, norm.eps)
-
-    def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
-        if _torch_wins(residual):
-            return super().project_norm(linear, x, residual, norm)
-        import dsi_kernels
-
-        y, residual = linear.forward(x), residual.contiguous()
-        if norm.kind == "layer":
-            return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps)
-        if norm.weight is None or norm.offset:
-            return self.norm(norm, total := y.add_(residual)), total
-        return dsi_kernels.add_rms_norm(y, residual, norm.weight, norm.eps)
-
-    def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
-        if not _as_matvec(linear, x, norm):
-            return super().norm_project(norm, linear, x)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm))
-
-    def norm_product(self, norm: NormOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _is_matvec(x, weight, norm):
-            return super().norm_product(norm, x, weight, bias)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, weight, bias, **_norm_arguments(norm))
-
-    def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
-        if not _as_matvec(linear, x, norm):
-            return super().norm_expand(norm, linear, x, kind, gated)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm), kind=kind, gated=gated)
-
-    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
-        if not _as_matvec(linear, x) or not residual.is_contiguous():
-            return super().project_add(linear, x, residual)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, residual=residual)
-
-    def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
-        if _torch_wins(x):
-            return super().activate(linear, x, kind)
-        import dsi_kernels
-
-        return dsi_kernels.bias_activation(F.linear(x, linear.weight), linear.bias, kind)
-
-    def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
-        if _torch_wins(x):
-            return super().gate(linear, x, kind)
-        import dsi_kernels
-
-        return dsi_kernels.gated_activation(linear.forward(x), kind)
-
-    def split(
-        self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        import dsi_kernels
-
-        if rope is None or norms is not None or rope.pairs or _torch_wins(qkv):
-            return super().split(qkv, shape, rope, norms)
-        batch, length, _ = qkv.shape
-        k, v = qkv.new_empty(2, batch, shape.kv_heads, length, shape.head_dim).unbind(0)
-        q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
-        return q, k, v
-
-    def append(
-        self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None, repeat: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        import dsi_kernels
-
-        if norms is not None or repeat > 1 or (rope is not None and rope.pairs) or _torch_wins(qkv):
-            return super().append(qkv, shape, rope, kv, norms, repeat)
-        start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
-        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        q = dsi_kernels.rope_kv_write(qkv.unsqueeze(1), cos, sin, k, v, start, *shape)
-        return q, *kv.visible()
-
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None = None,
-        filled: Tensor | None = None,
-    ) -> Tensor:
-        import dsi_kernels
-
-        biased = mask is not None and mask.dtype is not torch.bool
-        if softcap is not None or biased or _torch_wins(k):
-            return super().decode(q, k, v, mask, scale, softcap, filled)
-        out = dsi_kernels.decode_attention(q, k, v, k.shape[2] if filled is None else filled, mask, scale)
-        return out.reshape(q.shape[0], -1)
-
-
-class TritonLayerOps(TritonOps):
-    """dsi_kernels around the attention, which is of a form that they do not know."""
-
-    name = "triton, attention aten"
-
-    split = AtenOps.split
-    append = AtenOps.append
-    decode = AtenOps.decode
-
-
-TABLES: dict[str, AtenOps] = {table.name: table for table in (AtenOps(), TritonOps(), TritonLayerOps())}
-
-
-def kernels_take(shape: Heads) -> bool:
-    """Whether the decode attention kernel takes heads of this number and size."""
-    from dsi_kernels.decode_attention import MAX_GROUP, MAX_GROUP_TILE, MAX_HEAD_DIM, block_sizes
-
-    group = shape.heads // shape.kv_heads
-    if group > MAX_GROUP or shape.head_dim > MAX_HEAD_DIM:
-        return False
-    rows, columns = block_sizes(group, shape.head_dim)
-    return rows * columns <= MAX_GROUP_TILE
-
-
-def choose_ops(device: torch.device, use_triton: bool | None) -> str:
-    """The name of the table for a device: "triton" on CUDA unless refused, else "aten"."""
-    return "triton" if device.type == "cuda" and use_triton is not False else "aten"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dsi.containers.activations import KIND_OF_NAME
 from dsi.containers.base import Container, LayerCall
-from dsi.containers.ops import HeadNorms, Heads, Rope, kernels_take, repeat_heads, with_bias
+from dsi.containers.ops import HeadNorms, Heads, Rope, repeat_heads, with_bias
+from dsi.containers.triton_step import kernels_take
 from dsi.policy import Refusal, Slot
 
 _SLOTS = MappingProxyType(

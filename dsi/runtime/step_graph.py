@@ -16,7 +16,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dsi.containers.ops import Heads, graph_kernels
+from dsi.containers.launches import graph_kernels
+from dsi.containers.ops import Heads
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.decode import DecodeRunner, Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer

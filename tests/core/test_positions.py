@@ -14,7 +14,9 @@ from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
 import dsi
 from dsi.containers import DecoderLayer
-from dsi.containers.ops import TABLES, AtenOps, Rope, TritonLayerOps, rotate, with_bias
+from dsi.containers.ops import AtenOps, Rope, rotate, with_bias
+from dsi.containers.tables import TABLES
+from dsi.containers.triton_ops import TritonLayerOps
 from dsi.policy import Alibi, Attr, Call, Const, Inverse, Linear, RotaryTable
 from dsi.runtime.alibi import AlibiSteps, slopes
 from dsi_gpts.bloom import BLOOM

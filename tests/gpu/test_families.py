@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dsi
-from dsi.containers import ops
+from dsi.containers import launches
 from tests.support.models import CAUSAL, cases, inputs_for, tiny
 
 pytestmark = pytest.mark.gpu
@@ -66,10 +66,10 @@ def exact_products() -> Any:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(params=[0, ops.KERNEL_FROM], ids=["our kernels", "as small as this"])
+@pytest.fixture(params=[0, launches.KERNEL_FROM], ids=["our kernels", "as small as this"])
 def kernel_from(request: Any, monkeypatch: Any) -> int:
     """From how many bytes on our kernels run: tiny models would meet torch's alone."""
-    monkeypatch.setattr(ops, "KERNEL_FROM", request.param)
+    monkeypatch.setattr(launches, "KERNEL_FROM", request.param)
     return request.param
 
 
