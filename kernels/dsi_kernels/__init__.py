@@ -11,6 +11,7 @@ from dsi_kernels.bias_activation import bias_activation, bias_activation_referen
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
 from dsi_kernels.greedy_token import greedy_token, greedy_token_reference
+from dsi_kernels.input_flags import input_flags, input_flags_reference
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
@@ -33,6 +34,8 @@ __all__ = [
     "gated_activation_reference",
     "greedy_token",
     "greedy_token_reference",
+    "input_flags",
+    "input_flags_reference",
     "layer_norm",
     "layer_norm_reference",
     "matvec",

@@ -40,6 +40,7 @@ def test_every_kernel_compiles(compiled):
         "_bias_activation_kernel",
         "_decode_attention_kernel",
         "_gated_activation_kernel",
+        "_input_flags_kernel",
         "_largest_kernel",
         "_layer_norm_kernel",
         "_matvec_kernel",
