@@ -52,6 +52,14 @@ def launch_dependents():
     )
 
 
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Both at once, at the start of a kernel that has nothing to load before."""
+    if PDL:
+        launch_dependents()
+        wait()
+
+
 @contextmanager
 def dependent_launches(on: bool) -> Iterator[None]:
     """In this context, and thread, kernels begin before their predecessors have ended, or not."""

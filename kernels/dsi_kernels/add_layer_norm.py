@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.layer_norm import layer_norm_reference, scale_and_shift, standardize
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
@@ -40,8 +41,9 @@ def add_layer_norm_reference(
 
 @triton.jit
 def _add_layer_norm_kernel(
-    x_ptr, r_ptr, xb_ptr, w_ptr, b_ptr, y_ptr, r_out_ptr, D, eps, BLOCK_D: tl.constexpr
+    x_ptr, r_ptr, xb_ptr, w_ptr, b_ptr, y_ptr, r_out_ptr, D, eps, BLOCK_D: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     # int64 before the multiply: T * D passes 2**31 at 512k tokens of width 4096
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)
@@ -98,6 +100,17 @@ def add_layer_norm(
         warps = min(max(block // 256, 1), 16)
         with torch.cuda.device_of(x):
             _add_layer_norm_kernel[(rows,)](
-                x, residual, x_bias, weight, bias, y, residual_out, D, eps, BLOCK_D=block, num_warps=warps
+                x,
+                residual,
+                x_bias,
+                weight,
+                bias,
+                y,
+                residual_out,
+                D,
+                eps,
+                BLOCK_D=block,
+                num_warps=warps,
+                **launch_options(x.device),
             )
     return y, residual_out

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
 from dsi_kernels.rms_norm import rms_norm_reference
@@ -31,7 +32,8 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 @triton.jit
-def _add_rms_norm_kernel(x_ptr, r_ptr, w_ptr, y_ptr, r_out_ptr, D, eps, BLOCK_D: tl.constexpr):
+def _add_rms_norm_kernel(x_ptr, r_ptr, w_ptr, y_ptr, r_out_ptr, D, eps, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     # int64 before the multiply: T * D passes 2**31 at 512k tokens of width 4096
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)
@@ -80,5 +82,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         block = triton.next_power_of_2(D)
         warps = min(max(block // 256, 1), 16)
         with torch.cuda.device_of(x):
-            _add_rms_norm_kernel[(rows,)](x, residual, weight, y, residual_out, D, eps, BLOCK_D=block, num_warps=warps)
+            _add_rms_norm_kernel[(rows,)](
+                x, residual, weight, y, residual_out, D, eps, BLOCK_D=block, num_warps=warps, **launch_options(x.device)
+            )
     return y, residual_out

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate, activate_reference, check_kind
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
@@ -29,7 +30,8 @@ def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: str) -> Tens
 
 
 @triton.jit
-def _bias_activation_kernel(x_ptr, b_ptr, y_ptr, D, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bias_activation_kernel(x_ptr, b_ptr, y_ptr, D, KIND: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     # int64 before the multiply: T * I passes 2**31 at 128k tokens of width 16384
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -71,5 +73,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     if rows := x.numel() // D:
         block = min(BLOCK, triton.next_power_of_2(D))
         with torch.cuda.device_of(x):
-            _bias_activation_kernel[(rows, triton.cdiv(D, block))](x, bias, y, D, KIND=kind, BLOCK_D=block)
+            _bias_activation_kernel[(rows, triton.cdiv(D, block))](
+                x, bias, y, D, KIND=kind, BLOCK_D=block, **launch_options(x.device)
+            )
     return y

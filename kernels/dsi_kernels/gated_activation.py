@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate, activate_reference, check_kind
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row
@@ -33,7 +34,8 @@ def gated_activation_reference(gate_up: Tensor, kind: str) -> Tensor:
 
 
 @triton.jit
-def _gated_activation_kernel(x_ptr, y_ptr, D, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gated_activation_kernel(x_ptr, y_ptr, D, KIND: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     # int64 before the multiply: T * 2 I passes 2**31 at 64k tokens of width 16384
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -74,5 +76,7 @@ def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     if rows := y.numel() // D:
         block = min(BLOCK, triton.next_power_of_2(D))
         with torch.cuda.device_of(gate_up):
-            _gated_activation_kernel[(rows, triton.cdiv(D, block))](gate_up, y, D, KIND=kind, BLOCK_D=block)
+            _gated_activation_kernel[(rows, triton.cdiv(D, block))](
+                gate_up, y, D, KIND=kind, BLOCK_D=block, **launch_options(gate_up.device)
+            )
     return y

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 
@@ -46,7 +47,8 @@ def greedy_token_reference(
 
 
 @triton.jit
-def _largest_kernel(logits_ptr, value_ptr, index_ptr, V, blocks, BLOCK_V: tl.constexpr):
+def _largest_kernel(logits_ptr, value_ptr, index_ptr, V, blocks, BLOCK_V: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits_ptr + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -62,7 +64,9 @@ def _largest_kernel(logits_ptr, value_ptr, index_ptr, V, blocks, BLOCK_V: tl.con
 def _advance_kernel(
     value_ptr, index_ptr, tokens_ptr, history_ptr, positions_ptr, counters_ptr, finished_ptr, ends_ptr, pad_ptr,
     rows, blocks, V, history_b, count, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     b, p = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
     inside = (b < rows)[:, None] & (p < blocks)[None, :]
     at = b[:, None] * blocks + p[None, :]
@@ -85,20 +89,23 @@ def _advance_kernel(
     tl.store(counters_ptr + c, tl.load(counters_ptr + c, mask=c < 3, other=0) + 1, mask=c < 3)
 
 
-def _check(logits: Tensor, tokens: Tensor, history: Tensor, positions: Tensor, counters: Tensor) -> None:
+def check_state(
+    op: str, logits: Tensor, tokens: Tensor, history: Tensor, positions: Tensor, counters: Tensor
+) -> None:
+    """Raises ValueError, in the name of `op`, where a decode loop's state does not fit the logits."""
     if logits.ndim != 2 or not 1 <= logits.shape[0] <= MAX_ROWS or not logits.shape[1]:
-        raise ValueError(f"greedy_token: {shapes(logits=logits)} must be [1 to {MAX_ROWS}, V]")
+        raise ValueError(f"{op}: {shapes(logits=logits)} must be [1 to {MAX_ROWS}, V]")
     rows = logits.shape[0]
     if tokens.shape != (rows, 1) or positions.shape != (rows, 1) or history.ndim != 2 or history.shape[0] != rows:
         raise ValueError(
-            f"greedy_token: {shapes(tokens=tokens, positions=positions, history=history)} must be [{rows}, 1] twice "
+            f"{op}: {shapes(tokens=tokens, positions=positions, history=history)} must be [{rows}, 1] twice "
             f"and [{rows}, T]"
         )
     if counters.shape != (3,):
-        raise ValueError(f"greedy_token: counters have shape {tuple(counters.shape)}; (3,) is needed")
+        raise ValueError(f"{op}: counters have shape {tuple(counters.shape)}; (3,) is needed")
     for name, t in (("tokens", tokens), ("history", history), ("positions", positions), ("counters", counters)):
         if t.dtype != torch.int64:
-            raise ValueError(f"greedy_token: {name} is {t.dtype}; int64 is needed")
+            raise ValueError(f"{op}: {name} is {t.dtype}; int64 is needed")
 
 
 def greedy_token(
@@ -127,7 +134,7 @@ def greedy_token(
         ValueError: shapes, dtypes, layout or devices do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
-    _check(logits, tokens, history, positions, counters)
+    check_state("greedy_token", logits, tokens, history, positions, counters)
     if finished is not None and (ends is None or pad is None or finished.shape != (logits.shape[0],)):
         raise ValueError(f"greedy_token: finished [{logits.shape[0]}] comes with ends and pad")
     check_dtypes("greedy_token", logits=logits)
@@ -140,11 +147,12 @@ def greedy_token(
     value = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
     count = 0 if ends is None else ends.numel()
+    options = launch_options(logits.device)
     with torch.cuda.device_of(logits):
-        _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=BLOCK_V, num_warps=4)
+        _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=BLOCK_V, num_warps=4, **options)
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,
             None if finished is None else finished.view(torch.int8), ends, pad, rows, blocks, V, history.stride(0),
             count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=triton.next_power_of_2(blocks),
-            BLOCK_E=triton.next_power_of_2(max(count, 1)), num_warps=4,
+            BLOCK_E=triton.next_power_of_2(max(count, 1)), num_warps=4, **options,
         )  # fmt: skip

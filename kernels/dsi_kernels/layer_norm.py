@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
 
@@ -48,7 +49,8 @@ def scale_and_shift(h, w_ptr, b_ptr, cols, inside) -> tl.tensor:
 
 
 @triton.jit
-def _layer_norm_kernel(x_ptr, w_ptr, b_ptr, y_ptr, D, eps, BLOCK_D: tl.constexpr):
+def _layer_norm_kernel(x_ptr, w_ptr, b_ptr, y_ptr, D, eps, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     # int64 before the multiply: T * D passes 2**31 at 512k tokens of width 4096
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)
@@ -88,5 +90,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         block = triton.next_power_of_2(D)
         warps = min(max(block // 256, 1), 16)
         with torch.cuda.device_of(x):
-            _layer_norm_kernel[(rows,)](x, weight, bias, y, D, eps, BLOCK_D=block, num_warps=warps)
+            _layer_norm_kernel[(rows,)](
+                x, weight, bias, y, D, eps, BLOCK_D=block, num_warps=warps, **launch_options(x.device)
+            )
     return y
