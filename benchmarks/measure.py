@@ -48,6 +48,31 @@ class Sample:
 
 
 @attrs.frozen(kw_only=True)
+class Goal:
+    """One bar of a case, and what was found.
+
+    Args:
+        name: what is judged, e.g. "share of the floor".
+        found: the measured value.
+        bar: what it must reach.
+        at_most: the bar is an upper one.
+    """
+
+    name: str
+    found: float
+    bar: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.found <= self.bar if self.at_most else self.found >= self.bar
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        return f"{self.name} {self.found:.4g} ({sign} {self.bar:g}: {'met' if self.met else 'NOT MET'})"
+
+
+@attrs.frozen(kw_only=True)
 class Result:
     """One line of the table.
 
@@ -58,6 +83,8 @@ class Result:
         bars: contender -> how many times as fast dsi must be.
         check: what was compared before anything was measured, and how it came out.
         ceiling: what the time means beside what this machine can do, e.g. {"GFLOP/s": 180, "of peak": 0.9}.
+        goals: bars that are no ratio to a contender.
+        facts: how it was measured, and what was seen on the way.
     """
 
     name: str
@@ -66,6 +93,8 @@ class Result:
     bars: Mapping[str, float]
     check: Mapping[str, Any]
     ceiling: Mapping[str, float] = attrs.field(factory=dict)
+    goals: tuple[Goal, ...] = ()
+    facts: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -79,7 +108,8 @@ class Result:
         return {name: self.ratios[name] >= bar for name, bar in self.bars.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**attrs.asdict(self), "ratios": self.ratios, "met": self.met}
+        goals = [{**attrs.asdict(goal), "met": goal.met} for goal in self.goals]
+        return {**attrs.asdict(self), "ratios": self.ratios, "met": self.met, "goals": goals}
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
@@ -146,6 +176,46 @@ def per_token(
     }
 
 
+@attrs.frozen(kw_only=True)
+class Writer:
+    """A contender that writes text.
+
+    Args:
+        write: function of the number of new tokens.
+        long: how many it writes when it is timed.
+        rounds: how often.
+    """
+
+    write: Callable[[int], object]
+    long: int
+    rounds: int
+
+
+def token_times(writers: Mapping[str, Writer], *, sync: Callable[[], object]) -> dict[str, Sample]:
+    """Milliseconds a token after the first: what `long` tokens take beyond what one takes, in turns.
+
+    Slow writers write fewer tokens, and less often: their rounds are the first ones.
+    """
+    times: dict[str, list[float]] = {name: [] for name in writers}
+    for writer in writers.values():
+        writer.write(writer.long)
+        writer.write(1)
+    for turn in range(max(writer.rounds for writer in writers.values())):
+        for name, writer in writers.items():
+            if turn < writer.rounds:
+                whole, first = (_timed(writer.write, count, sync) for count in (writer.long, 1))
+                times[name].append((whole - first) / (writer.long - 1))
+    return {name: Sample.of(values) for name, values in times.items()}
+
+
+def _timed(write: Callable[[int], object], count: int, sync: Callable[[], object]) -> float:
+    sync()
+    start = time.perf_counter()
+    write(count)
+    sync()
+    return 1e3 * (time.perf_counter() - start)
+
+
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +239,20 @@ def check_half(name: str, reference: Tensor, stock: Tensor, ours: Tensor) -> dic
     if not mine <= HALF_TOLERANCE * theirs:
         raise Refused(f"{name}: error {mine:.2e} against fp32, stock's own is {theirs:.2e}, allowed {HALF_TOLERANCE}x")
     return {"error": mine, "stock_error": theirs, "ratio": mine / theirs, "allowed": HALF_TOLERANCE}
+
+
+def rms_error(reference: Tensor, ours: Tensor) -> float:
+    """The norm of the difference over the norm of the reference, in float64."""
+    exact = reference.double()
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def check_rms(name: str, reference: Tensor, stock: Tensor, ours: Tensor) -> dict[str, float]:
+    """As `check_half`, by the norm of all differences: what is wrong by chance at one place does not decide."""
+    theirs, mine = rms_error(reference, stock), rms_error(reference, ours)
+    if not mine <= HALF_TOLERANCE * theirs:
+        raise Refused(f"{name}: error {mine:.2e} against fp32, stock's own is {theirs:.2e}, allowed {HALF_TOLERANCE}x")
+    return {"rms_error": mine, "stock_rms_error": theirs, "ratio": mine / theirs, "allowed": HALF_TOLERANCE}
 
 
 def check_tokens(name: str, stock: Tensor, ours: Tensor) -> dict[str, bool]:
@@ -233,19 +317,25 @@ def _gpu() -> dict[str, Any]:
 
 def table(results: Iterable[Result]) -> str:
     """The results as text, one line a contender."""
-    lines = [f"{'':30} {'':18} {'median':>9} {'quartiles':>19}  {'unit':8}"]
+    lines = [f"{'':34} {'':18} {'median':>9} {'quartiles':>19}  {'unit':8}"]
     for result in results:
-        for place, (contender, sample) in enumerate(result.times.items()):
-            lines.append(
-                f"{result.name if place == 0 else '':30} {contender:18} {sample.median:9.3f} "
-                f"{sample.low:9.3f}-{sample.high:9.3f}  {result.unit:8}"
-            )
-        lines.append(f"{'':30} {_verdict(result)}\n")
+        lines.extend(_lines(result))
+        lines.append("")
     return "\n".join(lines)
 
 
+def _lines(result: Result) -> list[str]:
+    lines = []
+    for place, (contender, sample) in enumerate(result.times.items()):
+        lines.append(
+            f"{result.name if place == 0 else '':34} {contender:18} {sample.median:9.3f} "
+            f"{sample.low:9.3f}-{sample.high:9.3f}  {result.unit:8}"
+        )
+    return [*lines, f"{'':34} {_verdict(result)}"]
+
+
 def _verdict(result: Result) -> str:
-    verdicts = []
+    verdicts = [str(goal) for goal in result.goals]
     for name, ratio in result.ratios.items():
         bar = result.bars.get(name)
         judged = "" if bar is None else f" (bar {bar:.2f}: {'met' if ratio >= bar else 'NOT MET'})"
@@ -253,38 +343,71 @@ def _verdict(result: Result) -> str:
     return "; ".join([*verdicts, *(f"{value:.3g} {name}" for name, value in result.ceiling.items())])
 
 
-def run(cases: Mapping[str, Callable[[], Result]], *, ceilings: Mapping[str, float], out: Path | None) -> int:
-    """Run the cases, print their table, write the JSON; returns the exit status, 1 if one was refused.
+def run(
+    cases: Mapping[str, Callable[[], Result]],
+    *,
+    ceilings: Mapping[str, float],
+    out: Path | None,
+    budget: float = float("inf"),
+) -> int:
+    """Run the cases, write the JSON after each, print their table; returns the exit status, 1 if one was refused.
 
     Args:
         cases: name -> function that checks, then measures.
         ceilings: what this machine was measured to be able to do.
         out: where the JSON goes.
+        budget: seconds after which no further case is begun.
     """
-    results, refused = [], {}
+    results: list[Result] = []
+    refused: dict[str, str] = {}
+    skipped: list[str] = []
+    began = time.perf_counter()
     for name, case in cases.items():
-        # progress, so that a long run does not look dead; the table comes last
+        if time.perf_counter() - began > budget:
+            skipped.append(name)
+            continue
+        # progress, so that a long run does not look dead
         sys.stderr.write(f"{name} ...\n")
-        try:
-            results.append(case())
-        except Refused as reason:
-            refused[name] = str(reason)
-        # a case that breaks must not cost the results of the others, on a machine that was lent for one run
-        except Exception as broken:  # noqa: BLE001
-            traceback.print_exc()
-            refused[name] = f"{name}: {type(broken).__name__}: {broken}"
+        started = time.perf_counter()
+        _one(name, case, results, refused)
+        sys.stderr.write(f"{name}: {time.perf_counter() - started:.1f} s\n")
+        if out is not None:
+            _write(out, ceilings, results, refused, skipped)
     print("\n".join(f"{name}: {value:.4g}" for name, value in ceilings.items()), end="\n\n")
     print(table(results))
     for reason in refused.values():
         print(f"REFUSED, nothing was measured: {reason}")
+    if skipped:
+        print(f"no time was left for: {', '.join(skipped)}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "environment": environment(),
-            "ceilings": dict(ceilings),
-            "results": [result.to_dict() for result in results],
-            "refused": refused,
-        }
-        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _write(out, ceilings, results, refused, skipped)
         print(f"written to {out}")
     return 1 if refused else 0
+
+
+def _one(name: str, case: Callable[[], Result], results: list[Result], refused: dict[str, str]) -> None:
+    try:
+        results.append(case())
+        # a run that is cut short has shown what it had
+        sys.stderr.write("\n".join(_lines(results[-1])) + "\n")
+    except Refused as reason:
+        refused[name] = str(reason)
+        sys.stderr.write(f"REFUSED: {reason}\n")
+    # a case that breaks must not cost the results of the others, on a machine that was lent for one run
+    except Exception as broken:  # noqa: BLE001
+        traceback.print_exc()
+        refused[name] = f"{name}: {type(broken).__name__}: {broken}"
+
+
+def _write(
+    out: Path, ceilings: Mapping[str, float], results: list[Result], refused: Mapping[str, str], skipped: list[str]
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "environment": environment(),
+        "ceilings": dict(ceilings),
+        "results": [result.to_dict() for result in results],
+        "refused": dict(refused),
+        "skipped": skipped,
+    }
+    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from collections import defaultdict
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from gpu import DEVICE, _lower, models
+from gpu_models import DEVICE, MODELS
 from torch.profiler import ProfilerActivity, profile
 
 import dsi
@@ -23,7 +23,7 @@ import dsi
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="llama-7b", choices=sorted(models()))
+    parser.add_argument("model", nargs="?", default="llama-7b", choices=sorted(MODELS))
     parser.add_argument("--batch", type=int, default=1)
     return parser.parse_args()
 
@@ -31,14 +31,7 @@ def arguments() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> int:
     given = arguments()
-    known = models()[given.model]
-    import transformers
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(known.dtype)
-    with torch.device(DEVICE):
-        model = _lower(getattr(transformers, known.cls)(known.config).eval(), known.dtype)
-    torch.set_default_dtype(torch.float32)
+    model = MODELS[given.model].build()
     dsi.init_inference(model)
     ids = torch.randint(4, model.config.vocab_size, (given.batch, 128), device=DEVICE)
     for _ in range(2):

@@ -1,0 +1,65 @@
+"""The strongest plain PyTorch recipes: what dsi is measured against beside stock.
+
+Decoding is a greedy loop of our own around one compiled step with a static cache and CUDA graphs, as gpt-fast and
+transformers' documentation advise. What compiling costs is reported, and not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+
+class CompiledLoop:
+    """Greedy text from `torch.compile(mode="reduce-overhead", fullgraph=True)` over a static cache.
+
+    Args:
+        model: a stock model.
+        ids: int64 [B, T], the prompt.
+        capacity: positions of the cache: prompt and new tokens, no more, since every step reads them all.
+        tune: search for better kernels by coordinate descent, which takes longer.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, capacity: int, *, tune: bool = False) -> None:
+        import torch._inductor.config as inductor
+
+        inductor.coordinate_descent_tuning = tune
+        self.model, self.ids = model, ids
+        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        self._step = torch.compile(self._eager_step, mode="reduce-overhead", fullgraph=True)
+        started = time.perf_counter()
+        # compiles, records its graph, replays it
+        for _ in range(2):
+            self(5)
+        torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - started
+
+    def _eager_step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        logits = self.model(tokens, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def __call__(self, count: int) -> Tensor:
+        """int64 [B, T + count]."""
+        rows, length = self.ids.shape
+        self.cache.reset()
+        outputs = self.model(self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        tokens = [outputs.logits[:, -1].argmax(-1, keepdim=True)]
+        positions = torch.full((rows, 1), length, device=self.ids.device)
+        for _ in range(count - 1):
+            torch.compiler.cudagraph_mark_step_begin()
+            # its output is overwritten by the next step
+            tokens.append(self._step(tokens[-1], positions).clone())
+            positions += 1
+        return torch.cat([self.ids, *tokens], 1)
+
+
+def compiled_forward(model: Any) -> Any:
+    """The model as torch.compile makes it fastest at a forward: CUDA graphs, one graph."""
+    import torch._inductor.config as inductor
+
+    inductor.coordinate_descent_tuning = False
+    return torch.compile(model, mode="reduce-overhead", fullgraph=True)
