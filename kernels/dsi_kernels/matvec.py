@@ -5,10 +5,13 @@
     out = [residual +] h,  activation(h),  or  activation(h[:N]) * h[N:]  (gated)
 
 A token reads every weight once: N * K * itemsize bytes, memory bound; all else is small. A program owns BLOCK_N rows of
-W and walks along K in tiles; each thread keeps its products to itself in fp32 until the end, so that the loop holds
-loads and multiply-adds alone. The norm of x is taken anew by every program, out of the L2 cache: cheaper than a launch.
-Of rms the scale is a factor of the whole row, so it multiplies the sum, and the mean square is found along the way; a
-pass of its own before the first weight arrives cost 11 of 111 us a LLaMA 7B layer (H200). layer takes that pass: its
+W and walks along K, reading one tile ahead of its products; each thread adds those up by itself in fp32 until the end,
+so that the loop holds loads and multiply-adds alone. The first tile is on its way before the row is there; launched
+dependently, before the kernel that makes the row has ended.
+
+The norm of x is taken anew by every program, out of the L2 cache: cheaper than a launch. Of rms the scale is a factor
+of the whole row, so it multiplies the sum, and the mean square is found along the way; a pass of its own before the
+first weight arrives cost 11 of 111 us a LLaMA 7B layer (H200). layer takes that pass, under the first tile: its
 variance would lose digits otherwise. No atomics, one order of summing: same input, same output.
 
 Casting: everything in fp32, the normalised row too, which the layers round to the dtype; one rounding at the end.
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsi_kernels._pdl import launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate, activate_reference, check_kind
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
@@ -81,20 +85,55 @@ def _statistics(x_ptr, K, eps, NORM: tl.constexpr, BLOCK_ROW: tl.constexpr):
 
 
 @triton.jit
-def _row(x_ptr, k, K, mean, rstd, squares, g_ptr, c_ptr, NORM: tl.constexpr):
-    """(a tile of the row as the product wants it, squares of the row so far), both [BLOCK_K] fp32."""
+def _row(x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM: tl.constexpr):
+    """(a tile of the row as the product wants it, the same as it lies in memory), both [BLOCK_K] fp32."""
     x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    y = x
+    if NORM == "rms":
+        y = x * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if NORM == "layer":
+        y = (x - mean) * rstd
+        if g_ptr is not None:
+            y = y * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if c_ptr is not None:
+            y = y + tl.load(c_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        y = tl.where(k < K, y, 0.0)
+    return y, x
+
+
+@triton.jit
+def _weights(w_rows, k, inside, N, K, GATED: tl.constexpr):
+    """(a tile of the matrix, the one N rows below it if there is a gate), [BLOCK_N, BLOCK_K] in the dtype it has."""
+    mask = inside[:, None] & (k < K)[None, :]
+    w = tl.load(w_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    up = w
+    if GATED:
+        # int64 before the multiply
+        second = w_rows + N.to(tl.int64) * K
+        up = tl.load(second + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    return w, up
+
+
+@triton.jit
+def _folded(products, FOLD: tl.constexpr):
+    """Neighbours added up, those that one thread holds: [BLOCK_N, BLOCK_K // FOLD]."""
+    shape: tl.constexpr = [products.shape[0], products.shape[1] // FOLD, FOLD]
+    return tl.sum(tl.reshape(products, shape), axis=2)
+
+
+@triton.jit
+def _multiply(
+    h, up, squares, w, w_up, x_ptr, k, K, mean, rstd, g_ptr, c_ptr,
+    NORM: tl.constexpr, GATED: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """(h, up, squares) with a tile's products added."""
+    y, x = _row(x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM)
     if NORM == "rms":
         squares += x * x
-        x = x * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if NORM == "layer":
-        x = (x - mean) * rstd
-        if g_ptr is not None:
-            x = x * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        if c_ptr is not None:
-            x = x + tl.load(c_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        x = tl.where(k < K, x, 0.0)
-    return x, squares
+    h += _folded(w.to(tl.float32) * y[None, :], FOLD)
+    if GATED:
+        up += _folded(w_up.to(tl.float32) * y[None, :], FOLD)
+    return h, up, squares
 
 
 @triton.jit
@@ -126,35 +165,39 @@ def _finish(
 def _matvec_kernel(
     x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
     NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    eps = tl.cast(eps, tl.float32)
+    eps, rows, k = tl.cast(eps, tl.float32), n < N, tl.arange(0, BLOCK_K)
+    # int64 before the multiply: a head of 256k x 16k passes 2**31 elements
+    w_rows = w_ptr + (n.to(tl.int64) * K)[:, None]
+    # the first weights are on their way before the row is there, be it from the kernel before or from its own norm
+    w, w_up = _weights(w_rows, k, rows, N, K, GATED)
+    if PDL:
+        wait()
+
     mean, rstd = _statistics(x_ptr, K, eps, NORM, BLOCK_ROW)
     mean2, rstd2 = 0.0, 1.0
     if TWO:
         mean2, rstd2 = _statistics(x_ptr + K, K, eps, NORM, BLOCK_ROW)
-
-    # int64 before the multiply: a head of 256k x 16k passes 2**31 elements
-    w_rows = w_ptr + (n.to(tl.int64) * K)[:, None]
     squares, squares2 = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
-    h, up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    h2, up2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    h, up = tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32)
+    h2, up2 = tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
         k = k0 + tl.arange(0, BLOCK_K)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x, squares = _row(x_ptr, k, K, mean, rstd, squares, g_ptr, c_ptr, NORM)
-        h += w * x[None, :]
+        # a tile ahead; beyond the last one the mask lets nothing be read
+        next_w, next_up = _weights(w_rows, k + BLOCK_K, rows, N, K, GATED)
+        h, up, squares = _multiply(
+            h, up, squares, w, w_up, x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM, GATED, FOLD
+        )  # fmt: skip
         if TWO:
-            x2, squares2 = _row(x_ptr + K, k, K, mean2, rstd2, squares2, g_ptr, c_ptr, NORM)
-            h2 += w * x2[None, :]
-        if GATED:
-            second = w_rows + N.to(tl.int64) * K + k[None, :]
-            w = tl.load(second, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            up += w * x[None, :]
-            if TWO:
-                up2 += w * x2[None, :]
+            h2, up2, squares2 = _multiply(
+                h2, up2, squares2, w, w_up, x_ptr + K, k, K, mean2, rstd2, g_ptr, c_ptr, NORM, GATED, FOLD
+            )  # fmt: skip
+        w, w_up = next_w, next_up
     _finish(h, up, squares, K, eps, b_ptr, r_ptr, out_ptr, n, N, 0, NORM, KIND, GATED)
     if TWO:
         _finish(h2, up2, squares2, K, eps, b_ptr, r_ptr, out_ptr, n, N, 1, NORM, KIND, GATED)
@@ -212,7 +255,7 @@ def matvec(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k, stages (tiles read ahead) and num_warps in the place of the tuned ones.
+        config: block_n, block_k and num_warps in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -238,6 +281,7 @@ def matvec(
         _matvec_kernel[(triton.cdiv(N, sizes["block_n"]),)](
             x, weight, bias, norm_weight, norm_bias, residual, out, N, K, eps, NORM=norm, KIND=kind, GATED=gated,
             TWO=rows == 2, BLOCK_N=sizes["block_n"], BLOCK_K=block_k, BLOCK_ROW=triton.next_power_of_2(K),
-            STAGES=sizes["stages"], num_warps=sizes["num_warps"],
+            FOLD=min(16 // x.element_size(), block_k), num_warps=sizes["num_warps"],
+            **launch_options(x.device),
         )  # fmt: skip
     return out

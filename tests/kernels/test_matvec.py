@@ -6,7 +6,7 @@ import torch
 from dsi_kernels import KINDS, matvec, matvec_reference, rms_norm_reference
 from tests.kernels.tolerance import DTYPES, assert_close, share_equal
 
-SMALL = {"block_n": 2, "block_k": 32, "num_warps": 1, "stages": 2}
+SMALL = {"block_n": 2, "block_k": 32, "num_warps": 1}
 
 
 def operands(device, dtype=torch.float32, *, rows=1, N=7, K=50, scale=1.0, gated=False):
