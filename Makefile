@@ -7,6 +7,11 @@ BENCH_OUT ?= build/bench/cpu.json
 ARGS ?=
 # more arguments for pytest, e.g. PYTEST_ARGS="-k llama -x"
 PYTEST_ARGS ?=
+# of benchmarks/gpu.py, a JSON file each, for make gpu
+TABLES ?= ready encoders prefill decode sampling context families
+# what the sanitizer watches, and with which of its tools; allocations that nobody caches cannot be captured
+SANITIZED ?= tests/kernels -n 8 -k "not graph and not refuses and not rival"
+SANITIZER_TOOLS ?= memcheck racecheck
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dsi-setup
@@ -20,7 +25,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow kit-matrix lint format bench gpu wheel clean
+.PHONY: help setup demo test test-slow kit-matrix lint format bench gpu gpu-sanitize wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do \
@@ -73,8 +78,20 @@ gpu: ## tests and benchmarks on a CUDA device, into OUT: PYTHON=python3 make gpu
 	@mkdir -p $(OUT)
 	@status=0; \
 	$(PYTHON) -m pytest -m gpu --timeout 600 --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
-	$(PYTHON) benchmarks/gpu.py --out $(OUT)/gpu.json || status=$$?; \
+	$(PYTHON) benchmarks/gpu.py --table $(TABLES) --out $(OUT) || status=$$?; \
 	exit $$status
+
+gpu-sanitize: export PYTHONPATH := .:kernels:policies:$(PYTHONPATH)
+gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-sanitize: ## compute-sanitizer over the kernel tests on a CUDA device, a log for each tool into OUT
+	@command -v compute-sanitizer > /dev/null || { echo "make gpu-sanitize: there is no compute-sanitizer"; exit 1; }
+	@mkdir -p $(OUT)
+	@status=0; for tool in $(SANITIZER_TOOLS); do \
+		compute-sanitizer --tool $$tool --target-processes all --error-exitcode 99 --launch-timeout 0 \
+			--kernel-regex-exclude kns=_ZN2at --log-file $(OUT)/$$tool-%p.log \
+			$(PYTHON) -m pytest -m gpu --timeout 600 -q $(SANITIZED) || status=$$?; \
+		grep -h SUMMARY $(OUT)/$$tool-*.log | sort | uniq -c; \
+	done; exit $$status
 
 wheel: setup ## dist/*.whl, of dsi and of each plugin
 	@set -e; for folder in . $(PLUGINS); do \
