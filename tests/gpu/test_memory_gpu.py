@@ -1,0 +1,61 @@
+"""What a model takes on the device: its weights, its cache, and a twentieth of that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import dsi
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+# 0.9 GB of weights: activations and workspaces are small beside it, as they are beside a real model's
+SETTINGS = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "intermediate_size": 6144,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}
+ALLOWED = 1.05
+
+
+def _model() -> Any:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS)).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.config.dtype = torch.bfloat16
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize(("rows", "prompt", "new"), [(1, 128, 128), (8, 96, 64), (4, 512, 128)])
+def test_peak_is_weights_and_cache(rows: int, prompt: int, new: int) -> None:
+    # the libraries' own workspaces, which every process has once
+    square = torch.ones(512, 512, device=DEVICE, dtype=torch.bfloat16)
+    (square @ square).sum().item()
+    del square
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated()
+    model = _model()
+    weights = torch.cuda.memory_allocated() - others
+    torch.cuda.reset_peak_memory_stats()
+    engine = dsi.init_inference(model)
+    ids = torch.randint(4, SETTINGS["vocab_size"], (rows, prompt), device=DEVICE)
+    engine.generate(ids, max_new_tokens=new, do_sample=False)
+    assert engine.module._dsi.last_route.graph, engine.module._dsi.last_route.reason
+    width = SETTINGS["hidden_size"] // SETTINGS["num_attention_heads"]
+    position = 2 * SETTINGS["num_hidden_layers"] * SETTINGS["num_key_value_heads"] * width * 2
+    cache = rows * (prompt + new) * position
+    peak = torch.cuda.max_memory_allocated() - others
+    assert peak <= ALLOWED * (weights + cache), f"{peak / (weights + cache):.3f} of weights and cache"
