@@ -1,0 +1,278 @@
+"""A matrix times a few rows, with the norm before it and what follows it, for decoding in batches (forward only).
+
+    y   = norm(x)                                        rms, layer, or x itself
+    h   = W y + b
+    out = [residual +] h,  activation(h),  or  activation(h[:N]) * h[N:]  (gated)
+
+Every weight is read once: N * K * itemsize bytes, memory bound up to 32 rows. The operands of the tensor cores are
+swapped: rows of W where they want many (M), rows of x, padded to 16 or 32, where they take few (N). A program owns
+BLOCK_N rows of W, and one of `splits` parts of K where N alone does not fill the device; parts are left in fp32 and a
+second kernel adds them up in their order. No atomics: same input, same output.
+
+The norm is a launch of its own (`rms_norm`, `layer_norm`): unlike one row of x, 32 do not pass through every program
+for nothing.
+
+Casting: the normalised row is rounded to the dtype, as the layers do; products and sums are in fp32, one rounding at
+the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
+from dsi_kernels._triton import tl, triton
+from dsi_kernels.activations import activate, activate_reference, check_kind
+from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
+from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
+from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
+from dsi_kernels.tuned import device_facts, launch_config
+
+MAX_ROWS = 32
+NORMS = ("", "rms", "layer")
+HALVES = (torch.float16, torch.bfloat16)
+# columns of the output that a program of the second kernel adds up
+BLOCK_SUM = 256
+
+
+def skinny_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "",
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What the kernels must compute, in plain torch. The tests' oracle and the CPU path."""
+    if norm == "rms" and norm_weight is not None:
+        x = rms_norm_reference(x, norm_weight, eps)
+    elif norm == "layer":
+        x = layer_norm_reference(x, norm_weight, norm_bias, eps)
+    h = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if gated:
+        gate, up = h.chunk(2, dim=-1)
+        h = activate_reference(gate, kind) * up
+    elif kind:
+        h = activate_reference(h, kind)
+    if residual is not None:
+        h = residual.float() + h
+    return h.to(x.dtype)
+
+
+@triton.jit
+def _prefetch(w_ptr, n, k0, N, K, TILES: tl.constexpr, LINE: tl.constexpr):
+    """The first tiles of the program's rows are brought into the L2 cache, a line of 128 bytes an address."""
+    k = tl.minimum(k0 + tl.arange(0, TILES) * LINE, K - 1)
+    # int64 before the multiply; within the matrix, so that no address is a stranger's
+    at = w_ptr + (tl.minimum(n, N - 1).to(tl.int64) * K)[:, None] + k[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _finish(
+    h, up, b_ptr, r_ptr, out_ptr, at, n, N, inside, KIND: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """Bias, activation, gate and residual of sums that belong to columns n, and the store."""
+    if b_ptr is not None:
+        h += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(b_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+    if KIND != "":
+        h = activate(h, KIND)
+    if GATED:
+        h = h * up
+    if r_ptr is not None:
+        h += tl.load(r_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _leave(part_ptr, part, rows, N, h, up, at, kept, GATED: tl.constexpr):
+    """The sums of one part of K, in fp32, the gate's first."""
+    mine = part_ptr + part.to(tl.int64) * rows * N * (2 if GATED else 1)
+    tl.store(mine + at, h, mask=kept)
+    if GATED:
+        tl.store(mine + rows * N + at, up, mask=kept)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _skinny_kernel(
+    x_ptr, w_ptr, b_ptr, r_ptr, out_ptr, part_ptr, rows, N, K, steps,
+    KIND: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        launch_dependents()
+    # int64 before a stride multiplies: a head of 256k x 16k passes 2**31 elements
+    part, n = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part * steps * BLOCK_K
+    last = tl.minimum(first + steps * BLOCK_K, K)
+    if PDL:
+        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+        _prefetch(w_ptr, n, first, N, K, BLOCK_K // LINE * 4, LINE)
+        if GATED:
+            _prefetch(w_ptr + N.to(tl.int64) * K, n, first, N, K, BLOCK_K // LINE * 4, LINE)
+        wait()
+    b = tl.arange(0, BLOCK_B)
+    w_rows, x_rows = w_ptr + (n.to(tl.int64) * K)[:, None], x_ptr + (b * K)[None, :]
+    h, up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32), tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for k0 in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_rows + k[:, None], mask=(k < K)[:, None] & (b < rows)[None, :], other=0.0)
+        h = tl.dot(w, x, h)
+        if GATED:
+            w = tl.load(w_rows + N.to(tl.int64) * K + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            up = tl.dot(w, x, up)
+    at, kept = b[None, :] * N + n[:, None], (n < N)[:, None] & (b < rows)[None, :]
+    if SPLIT:
+        _leave(part_ptr, part, rows, N, h, up, at, kept, GATED)
+    else:
+        _finish(h, up, b_ptr, r_ptr, out_ptr, at, n[:, None], N, kept, KIND, GATED)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _sum_parts_kernel(
+    part_ptr, b_ptr, r_ptr, out_ptr, rows, N, parts,
+    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    n, row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    inside, at = n < N, row * N + n
+    h, up = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    stride = rows.to(tl.int64) * N
+    for part in range(parts):
+        mine = part_ptr + part * stride * (2 if GATED else 1) + at
+        h += tl.load(mine, mask=inside, other=0.0)
+        if GATED:
+            up += tl.load(mine + stride, mask=inside, other=0.0)
+    _finish(h, up, b_ptr, r_ptr, out_ptr, at, n, N, inside, KIND, GATED)
+
+
+def _check_options(norm: str, norm_weight: Tensor | None, kind: str, gated: bool) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"skinny: norm {norm!r} is unknown; one of {', '.join(map(repr, NORMS))} will do")
+    if norm == "rms" and norm_weight is None:
+        raise ValueError("skinny: the rms norm has a weight")
+    if kind or gated:
+        check_kind("skinny", kind)
+
+
+def _check_shapes(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, bias: Tensor | None) -> None:
+    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"skinny: {shapes(x=x, weight=weight)} must be [1 to {MAX_ROWS}, K] and [N, K]")
+    if x.dtype not in HALVES:
+        raise ValueError(f"skinny: x is {x.dtype}; float16 and bfloat16 will do")
+    rows, width = x.shape[0], weight.shape[0]
+    if gated and width % 2:
+        raise ValueError(f"skinny: a gated weight has rows for gate and for up; {width} are odd")
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"skinny: bias has shape {tuple(bias.shape)}; ({width},) is needed")
+    wanted = (rows, width // 2 if gated else width)
+    if residual is not None and residual.shape != wanted:
+        raise ValueError(f"skinny: residual has shape {tuple(residual.shape)}; {wanted} is needed")
+
+
+def skinny_config(x: Tensor, weight: Tensor) -> Mapping[str, int]:
+    """The settings for x [B, K] and weight [N, K] on their device; `library` 2 says that cuBLAS is the faster one."""
+    rows = max(4, triton.next_power_of_2(x.shape[0]))
+    shape = f"rows={rows},n={weight.shape[0]},k={weight.shape[1]},bytes={x.element_size()}"
+    return launch_config("skinny", shape, device_facts(x.device)[0])
+
+
+def _normed(
+    x: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    if norm == "layer":
+        return layer_norm(x, norm_weight, norm_bias, eps)
+    return x if norm_weight is None or not norm else rms_norm(x, norm_weight, eps)
+
+
+def skinny(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "",
+    gated: bool = False,
+    residual: Tensor | None = None,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """The rows of x, normalised if asked, times the matrix; with bias, activation, gate and residual.
+
+    Args:
+        x: [B, K], B 1 to 32, fp16 or bf16, contiguous.
+        weight: [N, K], same dtype, contiguous; where gated [2 N, K], the gate's rows first.
+        bias: [N], where gated [2 N], or None.
+        norm: "" for none, "rms" or "layer"; over K.
+        norm_weight, norm_bias: [K] or None; rms needs a weight and has no bias.
+        eps: of the norm; dimensionless.
+        kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
+        gated: activation(gate) * up.
+        residual: [B, N], added last; or None.
+        config: block_n, block_k, splits, stages and num_warps in the place of the tuned ones.
+
+    Returns:
+        [B, N] in x's dtype. Inputs are not modified.
+
+    Raises:
+        ValueError: shapes, dtypes, layout, devices, norm or kind do not fit; the message names the offender.
+        ImportError: Triton is not installed.
+    """
+    _check_shapes(x, weight, gated, residual, bias)
+    _check_options(norm, norm_weight, kind, gated)
+    operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_dtypes("skinny", **operands)
+    check_contiguous("skinny", **operands)
+    check_devices("skinny", **operands)
+    x = _normed(x, norm, norm_weight, norm_bias, eps)
+    return _launch(x, weight, bias, kind, gated, residual, skinny_config(x, weight) if config is None else config)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    gated: bool,
+    residual: Tensor | None,
+    config: Mapping[str, int],
+) -> Tensor:
+    rows, K = x.shape
+    N = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(K, config["block_k"])
+    steps = triton.cdiv(tiles, config["splits"])
+    # no part without a tile
+    parts = triton.cdiv(tiles, steps)
+    partial = None
+    if parts > 1:
+        partial = torch.empty((parts, 1 + gated, rows, N), dtype=torch.float32, device=x.device)
+    options = {"KIND": kind, "GATED": gated, **launch_options(x.device)}
+    with torch.cuda.device_of(x):
+        _skinny_kernel[(triton.cdiv(N, config["block_n"]), parts)](
+            x, weight, bias, residual, out, partial, rows, N, K, steps, SPLIT=parts > 1,
+            BLOCK_B=16 if rows <= 16 else 32, BLOCK_N=config["block_n"], BLOCK_K=config["block_k"],
+            STAGES=config["stages"], num_warps=config["num_warps"], **options,
+        )  # fmt: skip
+        if parts > 1:
+            _sum_parts_kernel[(triton.cdiv(N, BLOCK_SUM), rows)](
+                partial, bias, residual, out, rows, N, parts, BLOCK_N=BLOCK_SUM, num_warps=2, **options
+            )
+    return out
