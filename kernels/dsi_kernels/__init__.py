@@ -16,6 +16,7 @@ from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
+from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
 
 __all__ = [
     "INSTALLED",
@@ -44,4 +45,7 @@ __all__ = [
     "rms_norm_reference",
     "rope_kv_write",
     "rope_kv_write_reference",
+    "sample_token",
+    "sample_token_reference",
+    "sampling_settings",
 ]

@@ -89,9 +89,7 @@ def _advance_kernel(
     tl.store(counters_ptr + c, tl.load(counters_ptr + c, mask=c < 3, other=0) + 1, mask=c < 3)
 
 
-def check_state(
-    op: str, logits: Tensor, tokens: Tensor, history: Tensor, positions: Tensor, counters: Tensor
-) -> None:
+def check_state(op: str, logits: Tensor, tokens: Tensor, history: Tensor, positions: Tensor, counters: Tensor) -> None:
     """Raises ValueError, in the name of `op`, where a decode loop's state does not fit the logits."""
     if logits.ndim != 2 or not 1 <= logits.shape[0] <= MAX_ROWS or not logits.shape[1]:
         raise ValueError(f"{op}: {shapes(logits=logits)} must be [1 to {MAX_ROWS}, V]")

@@ -38,6 +38,7 @@ def test_every_kernel_compiles(compiled):
         "_add_rms_norm_kernel",
         "_advance_kernel",
         "_bias_activation_kernel",
+        "_choose_kernel",
         "_decode_attention_kernel",
         "_gated_activation_kernel",
         "_input_flags_kernel",
@@ -47,6 +48,7 @@ def test_every_kernel_compiles(compiled):
         "_merge_splits_kernel",
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
+        "_scores_kernel",
     }
 
 
