@@ -21,13 +21,20 @@ class Rope(NamedTuple):
 
     cos, sin: [1 or B, S, rotary_dim]; signed: sin, negative where the first of two dimensions stands that turn
     together, so that `rotate_half(x) * sin == roll(x, rotary_dim / 2) * signed`; pairs: dimensions 2i and 2i + 1 turn
-    together, not i and i + rotary_dim / 2.
+    together, not i and i + rotary_dim / 2; at: int64 [B, 1], positions to be taken from terms of all positions,
+    [1, N, rotary_dim], which a kernel does itself.
     """
 
     cos: Tensor
     sin: Tensor
     signed: Tensor
     pairs: bool = False
+    at: Tensor | None = None
+
+    def taken(self) -> Rope:
+        """The terms of the positions at hand, whoever would have taken them."""
+        at = self.at
+        return self if at is None else Rope(self.cos[0][at], self.sin[0][at], self.signed[0][at], self.pairs)
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, pairs: bool = False) -> Rope:
@@ -237,6 +244,26 @@ class AtenOps:
         if repeat > 1:
             k, v = repeat_heads(k, repeat), repeat_heads(v, repeat)
         return q, *kv.append(k, v)
+
+    def step_attention(
+        self,
+        qkv: Tensor,
+        shape: Heads,
+        rope: Rope | None,
+        kv: Any,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        norms: HeadNorms = None,
+        repeat: int = 1,
+        window: int | None = None,
+    ) -> Tensor:
+        """`append` and `decode`: the attention of one new position a row, [B, heads * head_dim].
+
+        The cache layer knows the window itself: `window` is for a kernel that reads whole buffers.
+        """
+        q, k, v = self.append(qkv, shape, rope, kv, norms, repeat)
+        return self.decode(q, k, v, mask, scale, softcap, kv.filled)
 
     def attend(
         self,

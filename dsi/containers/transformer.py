@@ -229,6 +229,10 @@ class DecoderLayer(TransformerLayer):
     FACTS: ClassVar[frozenset[str]] = TransformerLayer.FACTS | {"layer_idx"}
     OPTIONAL_FACTS: ClassVar[Mapping[str, Any]] = MappingProxyType({**TransformerLayer.OPTIONAL_FACTS, "window": None})
 
+    def finish(self) -> None:
+        super().finish()
+        self.window: int | None = self.facts["window"]
+
     def _takes_cache(self, cache: Any) -> bool:
         # a cache of two halves belongs to cross attention
         return hasattr(cache, "update") and not hasattr(cache, "cross_attention_cache")
@@ -255,16 +259,17 @@ class DecoderLayer(TransformerLayer):
         if self.chained:
             return self._decode_chain(ops, places, hidden, kv, rope, mask)
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
-        q, k, v = ops.append(places["qkv"].forward(normed), self.shape, rope, kv, self.head_norms, self.repeat)
-        attended = ops.decode(q, k, v, mask, self.scale, self.softcap, kv.filled)
+        qkv = places["qkv"].forward(normed)
+        options = (self.scale, self.softcap, self.head_norms, self.repeat, self.window)
+        attended = ops.step_attention(qkv, self.shape, rope, kv, mask, *options)
         return self._after(attended, hidden, normed)
 
     def _decode_chain(
         self, ops: Any, places: dict[str, Any], hidden: Tensor, kv: Any, rope: Rope | None, mask: Tensor | None
     ) -> Tensor:
         qkv = ops.norm_project(places["norm_attn"], places["qkv"], hidden)
-        q, k, v = ops.append(qkv, self.shape, rope, kv, self.head_norms, self.repeat)
-        attended = ops.decode(q, k, v, mask, self.scale, self.softcap, kv.filled)
+        options = (self.scale, self.softcap, self.head_norms, self.repeat, self.window)
+        attended = ops.step_attention(qkv, self.shape, rope, kv, mask, *options)
         hidden = ops.project_add(places["out"], attended, hidden)
         up = places["gate_up" if self.gated else "up"]
         expanded = ops.norm_expand(places["norm_mlp"], up, hidden, self.kind, self.gated)

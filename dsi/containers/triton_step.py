@@ -55,6 +55,31 @@ class TritonStepOps(AtenOps):
         q = dsi_kernels.rope_kv_write(qkv.unsqueeze(1), cos, sin, k, v, start, *shape)
         return q, *kv.visible()
 
+    def step_attention(
+        self,
+        qkv: Tensor,
+        shape: Heads,
+        rope: Rope | None,
+        kv: Any,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        norms: HeadNorms = None,
+        repeat: int = 1,
+        window: int | None = None,
+    ) -> Tensor:
+        if not IN_GRAPH.get() or not kernels_take(shape) or _additive(mask) or not _alike(norms):
+            rope = None if rope is None else rope.taken()
+            return super().step_attention(qkv, shape, rope, kv, mask, scale, softcap, norms, repeat, window)
+        import dsi_kernels
+
+        start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
+        heads, kv_heads, _ = shape
+        return dsi_kernels.step_attention(
+            qkv, k, v, start, heads, kv_heads, rope=_step_rope(rope), norm=_head_norm(norms), mask=mask, scale=scale,
+            softcap=softcap, window=window, ring=kv.ring, tickets=kv.tickets[: qkv.shape[0] * kv_heads],
+        )  # fmt: skip
+
     def decode(
         self,
         q: Tensor,
@@ -97,6 +122,30 @@ def _is_matvec(x: Tensor, weight: Tensor, norm: NormOp | None) -> bool:
 
 def _norm_arguments(norm: NormOp) -> dict[str, Any]:
     return {"norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+
+
+def _additive(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype is not torch.bool
+
+
+def _alike(norms: HeadNorms) -> bool:
+    """Whether one kind of norm, with one eps and offset, stands over the heads of q and of k."""
+    return norms is None or len({(norm.kind, norm.eps, norm.offset) for norm in norms}) == 1
+
+
+def _step_rope(rope: Rope | None) -> Any:
+    from dsi_kernels.step_attention import StepRope
+
+    return None if rope is None else StepRope(rope.cos, rope.sin, rope.pairs, rope.at)
+
+
+def _head_norm(norms: HeadNorms) -> Any:
+    from dsi_kernels.step_attention import HeadNorm
+
+    if norms is None:
+        return None
+    q, k = norms
+    return HeadNorm(q.kind, q.weight, k.weight, q.bias, k.bias, q.eps, q.offset)
 
 
 def kernels_take(shape: Heads) -> bool:

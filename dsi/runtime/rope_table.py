@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsi.containers.launches import IN_GRAPH
 from dsi.containers.ops import Rope
 
 FIRST_POSITIONS = 256
@@ -55,11 +56,13 @@ class RopeTable:
 
 def rope_rows(table: Rope, positions: Tensor | int) -> Rope:
     """Terms of the positions, each [1 or B, 1, rotary_dim], from those of all positions."""
-    cos, sin, signed, pairs = table
+    cos, sin, signed, pairs, _ = table
     if isinstance(positions, int):
         at = (1, positions, 1)
         return Rope(cos.narrow(*at), sin.narrow(*at), signed.narrow(*at), pairs)
-    return Rope(cos[0][positions], sin[0][positions], signed[0][positions], pairs)
+    rope = Rope(cos, sin, signed, pairs, positions)
+    # the kernel of a graph's step takes the rows by itself
+    return rope if cos.is_cuda and IN_GRAPH.get() else rope.taken()
 
 
 def identity(buffer: Tensor) -> tuple[Any, ...]:

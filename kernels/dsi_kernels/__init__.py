@@ -17,6 +17,7 @@ from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
+from dsi_kernels.step_attention import step_attention, step_attention_reference
 
 __all__ = [
     "INSTALLED",
@@ -48,4 +49,6 @@ __all__ = [
     "sample_token",
     "sample_token_reference",
     "sampling_settings",
+    "step_attention",
+    "step_attention_reference",
 ]

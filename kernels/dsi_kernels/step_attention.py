@@ -388,7 +388,7 @@ def _step_attention_kernel(
     eps, offset = tl.cast(eps, tl.float32), tl.cast(offset, tl.float32)
 
     # the earlier tokens are at 0 .. n, of which the window begins at `oldest`; slots lo .. hi are this split's
-    n = tl.maximum(read_position(start, b, START_STRIDE), 0)
+    n = tl.minimum(tl.maximum(read_position(start, b, START_STRIDE), 0), 2147483646)
     oldest = tl.maximum(n - window + 1, 0).to(tl.int32)
     if RING:
         # a position is what the mask knows, a slot what the cache holds
@@ -466,7 +466,8 @@ def _step_attention_kernel(
         v_new = tl.load(v_new_ptr + (fresh * 0)[:, None] + d[None, :], mask=inside, other=0.0)
         place = read_position(start, b, START_STRIDE)
         slot = place % capacity if RING else place
-        at_new = fresh * 0 + slot
+        # int64 by name: a scalar takes the type of the block that it is added to
+        at_new = (fresh * 0).to(tl.int64) + slot
         fits = inside & ((at_new >= 0) & (at_new < capacity))[:, None]
         for copy in range(REPEAT):
             tl.store(k_ptr + copy * k_h + (at_new * k_t)[:, None] + d[None, :], k_new, mask=fits)
@@ -475,7 +476,7 @@ def _step_attention_kernel(
         s = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
         s = _capped(s, cap, CAPPED)
         seen = (g >= 0) if GROUP else one
-        pos = (g * 0 if GROUP else r * 0) + place
+        pos = (g * 0 if GROUP else r * 0).to(tl.int64) + place
         if mask_ptr is not None:
             seen = seen & (tl.load(mask_ptr + pos * mask_t, mask=seen & (pos < width), other=0) != 0)
         if ALIBI:
@@ -560,7 +561,9 @@ def _check_rope(qkv: Tensor, rope: StepRope | None, head_dim: int) -> None:
     op, cos, sin, at, B = "step_attention", rope.cos, rope.sin, rope.at, qkv.shape[0]
     rows = (1,) if at is not None else (1, B)
     if cos.ndim != 3 or cos.shape != sin.shape or cos.shape[0] not in rows or (at is None and cos.shape[1] != 1):
-        raise ValueError(f"{op}: {shapes(cos=cos, sin=sin)} must both be [{B} or 1, 1, rotary_dim], or with at [1, N, ..]")
+        raise ValueError(
+            f"{op}: {shapes(cos=cos, sin=sin)} must both be [{B} or 1, 1, rotary_dim], or with at [1, N, ..]"
+        )
     if cos.shape[2] % 2 or not 0 < cos.shape[2] <= head_dim:
         raise ValueError(f"{op}: rotary_dim {cos.shape[2]} must be even, from 2 to head_dim {head_dim}")
     if cos.dtype != sin.dtype or cos.dtype not in (qkv.dtype, torch.float32):
@@ -596,7 +599,9 @@ def _check_places(
     if alibi.rounded not in ROUNDED:
         raise ValueError(f"{op}: rounded {alibi.rounded!r} is unknown; one of {', '.join(map(repr, ROUNDED))} will do")
     if alibi.slopes.shape != (heads,) or alibi.slopes.dtype != torch.float32 or not alibi.slopes.is_contiguous():
-        raise ValueError(f"{op}: slopes are {alibi.slopes.dtype} {tuple(alibi.slopes.shape)}; float32 [{heads}] is needed")
+        raise ValueError(
+            f"{op}: slopes are {alibi.slopes.dtype} {tuple(alibi.slopes.shape)}; float32 [{heads}] is needed"
+        )
     places = alibi.places
     if places is not None and (places.dtype != torch.int64 or places.ndim != 2 or places.shape[0] not in (1, B)):
         raise ValueError(f"{op}: places are {places.dtype} {tuple(places.shape)}; int64 [{B} or 1, T] is needed")
@@ -683,7 +688,9 @@ def step_attention(
     _check_devices(qkv, k_cache, v_cache, mask, rope, norm, alibi)
     limit = min(capacity, mask.shape[3] if mask is not None else capacity)
     if isinstance(start, int) and (start < 0 or (not ring and start >= limit)):
-        raise ValueError(f"step_attention: start {start} is not from 0 to {limit - 1}, below the cache's and mask's width")
+        raise ValueError(
+            f"step_attention: start {start} is not from 0 to {limit - 1}, below the cache's and mask's width"
+        )
     if tickets is not None and (tickets.dtype != torch.int32 or tickets.shape != (B * kv_heads,)):
         raise ValueError(f"step_attention: tickets are {tickets.dtype} {tuple(tickets.shape)}; int32 [{B * kv_heads}]")
     stride = position_stride("step_attention", "start", start, B, qkv.device)
@@ -696,7 +703,9 @@ def step_attention(
     return _launch(qkv, k_cache, v_cache, start, stride, heads, kv_heads, rope, norm, mask, alibi, options)
 
 
-def _settings(qkv: Tensor, head_dim: int, group: int, config: Mapping[str, int] | None) -> tuple[Mapping[str, int], int]:
+def _settings(
+    qkv: Tensor, head_dim: int, group: int, config: Mapping[str, int] | None
+) -> tuple[Mapping[str, int], int]:
     """(launch settings, multiprocessors)."""
     name, sms = device_facts(qkv.device)
     if config is None:
@@ -788,7 +797,8 @@ def _launch(
         _step_attention_kernel[(B * kv_heads, splits)](
             qkv, k_cache, v_cache, out, m, z, acc, tickets,
             # of a ring, the mask's width: it goes by positions
-            mask_ptr=mask, start=start, width=mask.shape[3] if ring and mask is not None else width, capacity=capacity, splits=splits, min_split=config["min_split"],
+            mask_ptr=mask, start=start, width=mask.shape[3] if ring and mask is not None else width,
+            capacity=capacity, splits=splits, min_split=config["min_split"],
             window=2**30 if window is None else window,
             # without a cap base 2 is in the scale, with one it is in the cap
             scale=options["scale"] * LOG2E if cap is None else options["scale"] / cap,

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import dsi_kernels as dk
 from dsi_kernels import operands
+from dsi_kernels.step_attention import HeadNorm, StepAlibi, StepRope
 
 HOPPER = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -62,6 +63,23 @@ def matvecs(case, half):
     dk.matvec(vector.expand(2, -1).contiguous(), matrix, norm="layer", norm_weight=gamma, norm_bias=gamma, kind="gelu")
 
 
+def steps(case, half):
+    """The attention of a step: a head to a KV head, a group, and a group with everything that may be asked for."""
+    cache, table = torch.zeros(1, 2, 1024, 128, dtype=half), torch.zeros(1, 64, 128, dtype=half)
+    rope = StepRope(table, table, False, torch.zeros(1, 1, dtype=torch.int64))
+    given = {"rope": rope, "tickets": torch.zeros(2, dtype=torch.int32)}
+    for heads in (2, 8):
+        case(f"a step, {heads} heads")
+        qkv = torch.zeros(1, (heads + 4) * 128, dtype=half)
+        dk.step_attention(qkv, cache, cache, torch.tensor(5), heads, 2, **given)
+    case("a step, everything")
+    weight, mask = torch.zeros(128, dtype=half), torch.ones(1, 1, 1, 1024, dtype=torch.bool)
+    given |= {"norm": HeadNorm("layer", *[weight] * 4), "rope": rope._replace(pairs=True)}
+    places = torch.zeros(1, 1024, dtype=torch.int64)
+    given |= {"mask": mask, "softcap": 30.0, "alibi": StepAlibi(torch.zeros(8), places, "bfloat16", 0.5)}
+    dk.step_attention(qkv, cache, cache, torch.tensor(5), 8, 2, window=64, ring=True, **given)
+
+
 def launch_all(case):  # noqa: PLR0915 - one call after the other
     """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
     half = torch.bfloat16
@@ -79,6 +97,7 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     dk.bias_activation(x, None, "gelu_tanh")
     dk.bias_activation(x.half(), w.half(), "relu")
     matvecs(case, half)
+    steps(case, half)
     case("greedy token")
     ids, one = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
     counters, done = torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)

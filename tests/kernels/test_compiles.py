@@ -49,11 +49,20 @@ def test_every_kernel_compiles(compiled):
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
         "_scores_kernel",
+        "_step_attention_kernel",
     }
 
 
 def test_nothing_is_added_up_in_the_order_it_arrives(compiled):
-    assert all(facts["atomics"] == 0 for facts in compiled)
+    # but for the tickets of a split context
+    assert all(facts["atomics"] == 0 for facts in compiled if facts["kernel"] != "_step_attention_kernel")
+
+
+def test_a_step_of_a_split_context_draws_one_ticket(compiled):
+    found = {facts["case"]: facts for facts in compiled if facts["kernel"] == "_step_attention_kernel"}
+    assert [facts["atomics"] for facts in found.values()] == [1, 1, 0]
+    assert all(facts["async_copies"] and facts["wide_loads"] and not facts["tf32"] for facts in found.values())
+    assert [bool(facts["tensor_core"]) for facts in found.values()] == [False, True, True]
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time(compiled):

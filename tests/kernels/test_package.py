@@ -71,6 +71,7 @@ calls = {
     "gated_activation": (x, "silu"), "bias_activation": (x, w, "gelu"),
     "matvec": (x[:1], x), "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
     "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
+    "step_attention": (qkv[0], cache, cache.clone(), 1, 1, 1),
 }
 for op, operands in calls.items():
     getattr(dk, op + "_reference")(*operands)
