@@ -170,3 +170,85 @@ class StepGraph:
         """One step: logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
         self.graph.replay()
         return self.logits
+
+
+class GraphPool:
+    """The graphs of one model, least recently used out, each with the cache that it writes to."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[GraphKey, tuple[tuple[int, ...], StepGraph]] = OrderedDict()
+        self._model: tuple[Any, ...] = ()
+        self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
+        self._memory: Any = None
+        # why no graph may be tried any more, and why the latest was not to be had
+        self.failure = self.reason = ""
+
+    def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
+        """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
+
+        Whoever keeps it beyond the call does not give it back.
+        """
+        cache = self._caches.pop(batch, None)
+        if cache is None or min(layer.capacity for layer in cache.layers) < positions:
+            return None
+        cache.reset()
+        return cache
+
+    def give_back(self, batch: int, cache: PreallocatedCache) -> None:
+        """The cache is nobody's any more."""
+        self._caches[batch] = cache
+        while len(self._caches) > KEPT:
+            self._caches.popitem(last=False)
+
+    def forget(self, key: GraphKey) -> None:
+        """Drop a graph: the cache that it writes to is somebody else's now."""
+        self._graphs.pop(key, None)
+
+    def get(
+        self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int
+    ) -> StepGraph | None:
+        """A graph for this cache and positions below `reach`; None where capturing failed."""
+        if self.failure:
+            return None
+        if (parts := _parts(model, runner)) != self._model:
+            # all of them hold weights that are no longer the model's
+            self._graphs.clear()
+            self._model = parts
+        addresses = tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
+        found = self._graphs.pop(key, None)
+        if found is None or found[0] != addresses or found[1].reach < reach:
+            # let go of the old one's memory before the new one asks for its own
+            found = None
+            made = self._make(runner, cache, key, reach)
+            if made is None:
+                return None
+            found = addresses, made
+        self._graphs[key] = found
+        while len(self._graphs) > KEPT:
+            self._graphs.popitem(last=False)
+        return found[1]
+
+    def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        reach = max(reach, *(layer.capacity for layer in cache.layers))
+        try:
+            # tensors made in inference mode could not be written to outside
+            with torch.inference_mode(False), torch.no_grad():
+                return StepGraph(runner.bind(reach), cache, key, reach, self._memory)
+        except torch.OutOfMemoryError as error:
+            end_failed_capture(cache.layers[0].keys.device)
+            self.reason = f"no memory for a decode graph: {error}"
+            logger.warning("%s", self.reason)
+            return None
+        # whatever a capture, a compiler or a launcher raises: steps without a graph are right
+        except Exception as error:  # noqa: BLE001
+            end_failed_capture(cache.layers[0].keys.device)
+            self.failure = self.reason = f"capturing a decode step failed: {error}"
+            logger.warning("%s", self.failure)
+            return None
+
+
+def _parts(model: nn.Module, runner: DecodeRunner) -> tuple[Any, ...]:
+    """What of a model a graph was captured from: differs once weights moved, or parts were exchanged."""
+    return (*(parameter.data_ptr() for parameter in model.parameters()), *runner.parts_identity())
