@@ -191,8 +191,13 @@ class AtenOps:
         normed = self.norm(norm, x)
         return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind)
 
+    def project(self, linear: Any, x: Tensor) -> Tensor:
+        """linear(x)."""
+        product: Tensor = linear.forward(x)
+        return product
+
     def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
-        """linear(x) + residual, x [B, K]."""
+        """linear(x) + residual."""
         return linear.add(x, residual)
 
     def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:

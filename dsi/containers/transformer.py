@@ -132,7 +132,7 @@ class TransformerLayer(Container):
         places: dict[str, Any] = self._modules
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
-        q, k, v = ops.split(places["qkv"].forward(normed), self.shape, call.rope, self.head_norms)
+        q, k, v = ops.split(ops.project(places["qkv"], normed), self.shape, call.rope, self.head_norms)
         if self.repeat > 1:
             k, v = repeat_heads(k, self.repeat), repeat_heads(v, self.repeat)
         if call.cache is not None:
@@ -182,7 +182,7 @@ class TransformerLayer(Container):
         if self.kept_mlp:
             return self._mlp(x) + residual
         down: Any = self._modules["down"]
-        return down.add(self._expand(x), residual)
+        return self.ops.project_add(down, self._expand(x), residual)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.kept_mlp:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsi.containers.launches import torch_wins
+from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.triton_step import TritonStepOps
+
+# values of the setting `choice` of dsi_kernels.attention: its kernel, and torch's backends
+OWN = 2
+BACKENDS: Mapping[int, SDPBackend] = MappingProxyType(
+    {3: SDPBackend.CUDNN_ATTENTION, 4: SDPBackend.FLASH_ATTENTION, 5: SDPBackend.EFFICIENT_ATTENTION}
+)
 
 
 class TritonOps(TritonStepOps):
@@ -29,11 +40,29 @@ class TritonOps(TritonStepOps):
             return super().norm(norm, x)
         return dsi_kernels.rms_norm(x, norm.weight, norm.eps)
 
+    def project(self, linear: Any, x: Tensor) -> Tensor:
+        if (config := _fused(linear, x, "")) is None:
+            return super().project(linear, x)
+        import dsi_kernels
+
+        return dsi_kernels.linear_fused(x, linear.weight, linear.bias, config=config)
+
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        if (config := _fused(linear, x, "add")) is None or not residual.is_contiguous():
+            return super().project_add(linear, x, residual)
+        import dsi_kernels
+
+        return dsi_kernels.linear_fused(x, linear.weight, linear.bias, residual=residual, config=config)
+
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
         if torch_wins(residual):
             return super().project_norm(linear, x, residual, norm)
         import dsi_kernels
 
+        known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
+        if known and (config := _fused(linear, x, "norm")) is not None:
+            norms = (norm.kind, norm.weight, norm.bias, norm.eps)
+            return dsi_kernels.linear_norm(x, linear.weight, linear.bias, residual.contiguous(), *norms, config=config)
         y, residual = linear.forward(x), residual.contiguous()
         if norm.kind == "layer":
             return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps)
@@ -46,6 +75,8 @@ class TritonOps(TritonStepOps):
             return super().activate(linear, x, kind)
         import dsi_kernels
 
+        if (config := _fused(linear, x, kind)) is not None:
+            return dsi_kernels.linear_fused(x, linear.weight, linear.bias, kind=kind, config=config)
         return dsi_kernels.bias_activation(F.linear(x, linear.weight), linear.bias, kind)
 
     def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
@@ -53,6 +84,8 @@ class TritonOps(TritonStepOps):
             return super().gate(linear, x, kind)
         import dsi_kernels
 
+        if (config := _fused(linear, x, "gate")) is not None:
+            return dsi_kernels.linear_fused(x, linear.weight, linear.bias, kind=kind, gated=True, config=config)
         return dsi_kernels.gated_activation(linear.forward(x), kind)
 
     def split(
@@ -67,6 +100,32 @@ class TritonOps(TritonStepOps):
         q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
         return q, k, v
 
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        causal = causal and mask is None
+        own = softcap is None and _whole(q, k, mask, causal)
+        config = _attention(q, k, mask, causal) if own else {}
+        backend = config.get("choice", 0)
+        if backend == OWN:
+            import dsi_kernels
+
+            return dsi_kernels.attention(q, k, v, mask, causal=causal, scale=scale, config=config).flatten(2)
+        if backend not in BACKENDS or mask is not None:
+            return super().attend(q, k, v, mask, causal, scale, softcap)
+        # a backend that refuses what it is given leaves it to the next
+        with sdpa_kernel([BACKENDS[backend], SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            grouped = k.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+
 
 class TritonLayerOps(TritonOps):
     """dsi_kernels around the attention, which is of a form that they do not know."""
@@ -76,3 +135,31 @@ class TritonLayerOps(TritonOps):
     split = AtenOps.split
     append = AtenOps.append
     decode = AtenOps.decode
+
+
+def _fused(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:
+    """The settings of our product for what follows it, None where the library's is the faster or ours is not for it."""
+    # a rank's part of a layer has a class of its own; a step's rows, two dimensions, have kernels of their own
+    if type(linear) is not FusedLinear or linear.form != "aten" or x.dim() < 3 or not x.is_contiguous():
+        return None
+    if torch_wins(x) or linear.weight.dtype is not x.dtype or not x.numel():
+        return None
+    from dsi_kernels.linear_fused import FUSED, linear_config
+
+    config = linear_config(x, linear.weight, follows)
+    return config if config["choice"] == FUSED else None
+
+
+def _whole(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether the attention is that of whole texts, on the device, in a form that a choice was measured for."""
+    if not q.is_cuda or q.dtype.itemsize != 2 or q.shape[2] == 1 or (causal and q.shape[2] != k.shape[2]):
+        return False
+    return mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)
+
+
+def _attention(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Mapping[str, int]:
+    """The settings for this attention; none where our launch would cost more than it saves."""
+    from dsi_kernels.attention import attention_config
+
+    config = attention_config(k.shape[2], q.shape[3], causal=causal, masked=mask is not None, like=q)
+    return {} if config["choice"] == OWN and torch_wins(q) else config

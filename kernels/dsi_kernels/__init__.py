@@ -7,17 +7,21 @@ from dsi_kernels._triton import INSTALLED, INTERPRETED
 from dsi_kernels.activations import KINDS, activate_reference
 from dsi_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dsi_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from dsi_kernels.attention import attention, attention_reference
 from dsi_kernels.bias_activation import bias_activation, bias_activation_reference
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
 from dsi_kernels.greedy_token import greedy_token, greedy_token_reference
 from dsi_kernels.input_flags import input_flags, input_flags_reference
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
+from dsi_kernels.linear_fused import linear_fused, linear_fused_reference
+from dsi_kernels.linear_norm import linear_norm, linear_norm_reference
 from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
 from dsi_kernels.step_attention import step_attention, step_attention_reference
+from dsi_kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
 __all__ = [
     "INSTALLED",
@@ -28,6 +32,8 @@ __all__ = [
     "add_layer_norm_reference",
     "add_rms_norm",
     "add_rms_norm_reference",
+    "attention",
+    "attention_reference",
     "bias_activation",
     "bias_activation_reference",
     "decode_attention",
@@ -40,6 +46,10 @@ __all__ = [
     "input_flags_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear_fused",
+    "linear_fused_reference",
+    "linear_norm",
+    "linear_norm_reference",
     "matvec",
     "matvec_reference",
     "rms_norm",
@@ -51,4 +61,6 @@ __all__ = [
     "sampling_settings",
     "step_attention",
     "step_attention_reference",
+    "varlen_attention",
+    "varlen_attention_reference",
 ]
