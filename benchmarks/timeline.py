@@ -1,57 +1,147 @@
-"""Where the time of one captured decode step goes: kernels, their times, and the gaps between them.
+"""Where the time of one step goes, or of one forward: kernels, their times, and the gaps between them.
 
-    python benchmarks/timeline.py [MODEL] [--batch N]
+    python benchmarks/timeline.py [MODEL] [--batch N] [--tokens N] [--json FILE]
 
-MODEL is one of benchmarks/gpu.py. Times are the profiler's: of kernels as the device ran them, one replay.
+MODEL is one of `gpu_models.MODELS`; one that writes text is asked for a greedy text, any other for forwards. The
+profiler's times are the device's. What repeats in them is a step, and one from the middle is told.
+
+Under programmatic dependent launch a kernel begins while the one before it still runs, and its time counts its waiting:
+the times of all kernels add up to more than the step. `own` is therefore what a kernel has beyond the end of all before
+it; these add up to the time in which anything ran at all, and what is left of the step are gaps.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import attrs
 import torch
-from gpu_models import DEVICE, MODELS
-from torch.profiler import ProfilerActivity, profile
 
-import dsi
+NEW = 24
+
+
+@attrs.frozen(kw_only=True)
+class Kernel:
+    """One run of a kernel: when it began and ended, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@attrs.frozen(kw_only=True)
+class Share:
+    """All runs of one kernel in a step: how many, their times added up, and what of them is their own."""
+
+    name: str
+    count: int
+    total: float
+    own: float
+
+
+def one_step(kernels: Sequence[Kernel]) -> tuple[list[Kernel], float]:
+    """The kernels of one step out of many, and microseconds from its first kernel to the next step's.
+
+    Raises:
+        ValueError: nothing repeats.
+    """
+    names = [kernel.name for kernel in kernels]
+    low, high = len(names) // 4, 3 * len(names) // 4
+    for period in range(1, (high - low) // 2 + 1):
+        if names[low : high - period] == names[low + period : high]:
+            step = list(kernels[low : low + period])
+            return step, kernels[low + period].start - step[0].start
+    raise ValueError("the steps are not alike: nothing repeats in the kernels' names")
+
+
+def shares(step: Sequence[Kernel]) -> list[Share]:
+    """Of each kernel, the one with the most time of its own first."""
+    runs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    reached = step[0].start
+    for kernel in step:
+        own = max(0.0, kernel.end - max(kernel.start, reached))
+        reached = max(reached, kernel.end)
+        runs[kernel.name].append((kernel.end - kernel.start, own))
+    found = [
+        Share(name=name, count=len(times), total=sum(t for t, _ in times), own=sum(own for _, own in times))
+        for name, times in runs.items()
+    ]
+    return sorted(found, key=lambda share: -share.own)
+
+
+def report(step: Sequence[Kernel], whole: float) -> str:
+    """The table of a step."""
+    found = shares(step)
+    lines = [f"{'own us':>9} {'total us':>9} {'runs':>5} {'each':>8}"]
+    lines += [
+        f"{share.own:9.1f} {share.total:9.1f} {share.count:5} {share.total / share.count:8.2f}  {share.name[:84]}"
+        for share in found
+    ]
+    busy, total = sum(share.own for share in found), sum(share.total for share in found)
+    lines.append(
+        f"{whole:9.1f} us the step: {busy:.1f} busy in {len(step)} kernels, {whole - busy:.1f} in gaps; "
+        f"{total - busy:.1f} of the kernels' times lie over each other"
+    )
+    return "\n".join(lines)
+
+
+def recorded(call: Callable[[], object]) -> list[Kernel]:
+    """The kernels that a call runs on the device, as they begin."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as events:
+        call()
+        torch.cuda.synchronize()
+    kernels = [
+        Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end) for event in events.events()
+    ]
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def _call(engine: Any, ids: torch.Tensor) -> Callable[[], object]:
+    if engine.module.can_generate():
+        return lambda: engine.generate(ids, max_new_tokens=NEW, do_sample=False)
+    return lambda: [engine(ids) for _ in range(NEW)]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="llama-7b", choices=sorted(MODELS))
+    parser.add_argument("model", nargs="?", default="llama-7b")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=128, help="of the prompt, or of the forward")
+    parser.add_argument("--json", type=Path, help="write the shares to this file")
     return parser.parse_args()
 
 
 @torch.no_grad()
 def main() -> int:
     given = arguments()
+    from gpu_models import DEVICE, MODELS
+
+    import dsi
+
+    if given.model not in MODELS:
+        sys.exit(f"{given.model}: no such model; there are {', '.join(MODELS)}")
     model = MODELS[given.model].build()
-    dsi.init_inference(model)
-    ids = torch.randint(4, model.config.vocab_size, (given.batch, 128), device=DEVICE)
+    engine = dsi.init_inference(model, **({} if model.can_generate() else {"enable_cuda_graph": True}))
+    call = _call(engine, torch.randint(4, model.config.vocab_size, (given.batch, given.tokens), device=DEVICE))
     for _ in range(2):
-        model.generate(ids, max_new_tokens=24, do_sample=False)
-    _, graph = next(iter(model._dsi.graphs._graphs.values()))
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(3):
-            graph.replay()
-        torch.cuda.synchronize()
-    kernels = sorted((event for event in recorded.events()), key=lambda event: event.time_range.start)
-    third = len(kernels) // 3
-    kernels = kernels[third : 2 * third]
-    spent: dict[str, list[float]] = defaultdict(list)
-    for event in kernels:
-        spent[event.name].append(event.time_range.end - event.time_range.start)
-    whole = kernels[-1].time_range.end - kernels[0].time_range.start
-    for name, times in sorted(spent.items(), key=lambda item: -sum(item[1])):
-        sys.stdout.write(f"{sum(times):9.1f} us  {len(times):4} x {sum(times) / len(times):7.2f}  {name[:90]}\n")
-    busy = sum(map(sum, spent.values()))
-    sys.stdout.write(f"{whole:9.1f} us  the step; {busy:.1f} in {third} kernels, {whole - busy:.1f} between them\n")
+        call()
+    step, whole = one_step(recorded(call))
+    print(report(step, whole))
+    if given.json is not None:
+        given.json.write_text(
+            json.dumps({"step_us": whole, "kernels": [attrs.asdict(s) for s in shares(step)]}, indent=2)
+        )
     return 0
 
 
