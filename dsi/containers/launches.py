@@ -12,7 +12,8 @@ from torch import Tensor
 # through Triton costs the host 40 to 90 us, one of torch's 5 to 15 (H200 machine), and below this the device waits for
 # the host: an encoder of 12 layers of 768 at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
 KERNEL_FROM = 1 << 22
-
+# whether the kernels of a graph begin while those before them end (`dsi_kernels._pdl`)
+DEPENDENT = False
 
 IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
 
@@ -20,9 +21,12 @@ IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
 @contextmanager
 def graph_kernels() -> Iterator[None]:
     """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free."""
+    from dsi_kernels._pdl import dependent_launches
+
     before = IN_GRAPH.set(True)
     try:
-        yield
+        with dependent_launches(DEPENDENT):
+            yield
     finally:
         IN_GRAPH.reset(before)
 

@@ -8,40 +8,48 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import IN_GRAPH, torch_wins
-from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
+from dsi.containers.triton_products import linear_product, norm_arguments, product_of
 
 
 class TritonStepOps(AtenOps):
     """dsi_kernels where one covers the operation of a step; the rest is torch's."""
 
     def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
-        if not _as_matvec(linear, x, norm):
+        if (product := linear_product(linear, x, norm)) is None:
             return super().norm_project(norm, linear, x)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm))
+        return product(x, linear.weight, linear.bias, **norm_arguments(norm))
 
     def norm_product(self, norm: NormOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _is_matvec(x, weight, norm):
+        if (product := product_of(x, weight, norm)) is None:
             return super().norm_product(norm, x, weight, bias)
-        import dsi_kernels
-
-        return dsi_kernels.matvec(x, weight, bias, **_norm_arguments(norm))
+        return product(x, weight, bias, **norm_arguments(norm))
 
     def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
-        if not _as_matvec(linear, x, norm):
+        if (product := linear_product(linear, x, norm)) is None:
             return super().norm_expand(norm, linear, x, kind, gated)
-        import dsi_kernels
+        return product(x, linear.weight, linear.bias, **norm_arguments(norm), kind=kind, gated=gated)
 
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, **_norm_arguments(norm), kind=kind, gated=gated)
+    def project(self, linear: Any, x: Tensor) -> Tensor:
+        if (product := linear_product(linear, x)) is None:
+            return super().project(linear, x)
+        return product(x, linear.weight, linear.bias)
 
     def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
-        if not _as_matvec(linear, x) or not residual.is_contiguous():
+        product = linear_product(linear, x)
+        if product is None or not residual.is_contiguous():
             return super().project_add(linear, x, residual)
-        import dsi_kernels
+        return product(x, linear.weight, linear.bias, residual=residual)
 
-        return dsi_kernels.matvec(x, linear.weight, linear.bias, residual=residual)
+    def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        if (product := linear_product(linear, x)) is None:
+            return super().activate(linear, x, kind)
+        return product(x, linear.weight, linear.bias, kind=kind)
+
+    def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
+        if (product := linear_product(linear, x)) is None:
+            return super().gate(linear, x, kind)
+        return product(x, linear.weight, linear.bias, kind=kind, gated=True)
 
     def append(
         self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None, repeat: int = 1
@@ -97,31 +105,6 @@ class TritonStepOps(AtenOps):
             return super().decode(q, k, v, mask, scale, softcap, filled)
         out = dsi_kernels.decode_attention(q, k, v, k.shape[2] if filled is None else filled, mask, scale)
         return out.reshape(q.shape[0], -1)
-
-
-def _as_matvec(linear: Any, x: Tensor, norm: NormOp | None = None) -> bool:
-    """Whether a layer's product is one of `dsi_kernels.matvec`."""
-    # a rank's part of a layer has a class of its own
-    plain = type(linear) is FusedLinear and linear.form == "aten"
-    return plain and _is_matvec(x, linear.weight, norm)
-
-
-def _is_matvec(x: Tensor, weight: Tensor, norm: NormOp | None) -> bool:
-    """Whether norm(x) @ weight^T is one of `dsi_kernels.matvec`: in a graph, one or two rows, nothing strange."""
-    from dsi_kernels.matvec import MAX_NORM_WIDTH, MAX_ROWS
-
-    if not IN_GRAPH.get() or x.dim() != 2 or x.shape[0] > MAX_ROWS:
-        return False
-    if not x.is_contiguous() or not weight.is_contiguous() or weight.dtype is not x.dtype:
-        return False
-    if norm is None:
-        return True
-    known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
-    return known and x.shape[1] <= MAX_NORM_WIDTH
-
-
-def _norm_arguments(norm: NormOp) -> dict[str, Any]:
-    return {"norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
 def _additive(mask: Tensor | None) -> bool:
