@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dsi.config import InferenceConfig, default_inference_config
 from dsi.errors import (
     AmbiguousPolicyError,
+    CacheMemoryError,
     ConfigError,
     DsiError,
     InjectionError,
@@ -41,6 +42,7 @@ _LAZY = {"InferenceEngine": "dsi.engine", "Plan": "dsi.planner", "init_inference
 
 __all__ = [
     "AmbiguousPolicyError",
+    "CacheMemoryError",
     "ConfigError",
     "DsiError",
     "InferenceConfig",

@@ -12,6 +12,7 @@
     |-- SplitError               a layer does not split over so many ranks, or its parts make no whole
     |-- RankError                a rank died, is stuck, or the ranks disagree
     |-- InputError               a call's tensors do not fit the model; raised before anything runs
+    |-- CacheMemoryError         a text outgrew its KV cache, and there is no memory for a larger one
     `-- ProfilingError           a profile was asked for that was never started
 
 Messages say where, what was found and what would do.
@@ -80,6 +81,10 @@ class RankError(DsiError):
 
 class InputError(DsiError, ValueError):
     """The tensors of one call do not fit the model. Raised on the host, before any launch."""
+
+
+class CacheMemoryError(DsiError):
+    """A text outgrew its KV cache, and there is no memory for a larger one. The engine goes on with the next call."""
 
 
 class ProfilingError(DsiError):

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from dsi.runtime.graph_run import GraphRun, graph_obstacle
+from dsi.runtime.graph_run import GraphRun, Text, graph_obstacle
 from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
 from dsi.runtime.route import cache_reason, window_reason
+from dsi.runtime.sampling import Sampling, known_sampling
 from dsi.runtime.session import Route, Session, session_of
 from dsi.runtime.sliding_window import windows
 
@@ -113,6 +114,7 @@ class _Loop:
         self.cache = model_kwargs["past_key_values"]
         self.own_cache = session.own_cache is self.cache
         self.graph: GraphRun | None = None
+        self.sampling: Sampling | None = None
         # a dynamic cache of the user's becomes preallocated in place: its owner sees what is generated
         preallocate_(self.cache, input_ids.shape[1] + min(self.new, RESERVE), session.runner.layers)
         self.positions = self._first_position(model_kwargs.get("position_ids"), input_ids.shape[0])
@@ -131,22 +133,33 @@ class _Loop:
 
     def run(self, input_ids: Tensor, logits: Tensor, logits_processor: Any, ending: _Ending, streamer: Any) -> Any:
         """Tokens until the end, from the logits after the prompt on."""
-        settings = self.settings
-        wanted = settings.return_dict_in_generate
+        settings, wanted = self.settings, self.settings.return_dict_in_generate
         record = _Record(
             () if wanted and settings.output_scores else None, () if wanted and settings.output_logits else None
         )
-        timed = nullcontext if self.session.timer is None else self.session.timer.decode
-        choose = _sampled if settings.do_sample else _greediest
-        self.graph = self._graph_run(ending, _greediest(logits)) if self.new > 1 else None
+        self.choose = _sampled if settings.do_sample else _greediest
         quiet = record.scores is None and record.logits is None and self.session.timer is None
-        if self.graph is not None and quiet and choose is _greediest and ending.plain and not logits_processor:
-            input_ids = self._chained(input_ids, choose(logits), ending, streamer)
-            return self._finished(input_ids, record)
+        first = None
+        if quiet and ending.plain and self._chains(logits_processor, logits):
+            first = self.choose(logits_processor(input_ids, logits))
+            self.graph = self._chain_of(input_ids, first, ending)
+            if self.graph is not None:
+                return self._finished(self._chained(input_ids, first, ending, streamer), record)
+        elif self.new > 1:
+            self.graph = self._graph_run(ending, _greediest(logits))
+        input_ids = self._stepwise(input_ids, logits, logits_processor, ending, streamer, record, first)
+        return self._finished(input_ids, record)
+
+    def _stepwise(
+        self, input_ids: Tensor, logits: Tensor, logits_processor: Any, ending: _Ending, streamer: Any,
+        record: _Record, first: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """A token after the other, each chosen here; `first` where the first was chosen before."""
+        timed = nullcontext if self.session.timer is None else self.session.timer.decode
         while True:
             scores = logits_processor(input_ids, logits)
             record.add(scores, logits)
-            tokens = ending.pad(choose(scores))
+            tokens, first = ending.pad(self.choose(scores) if first is None else first), None
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             finished = ending.reached(input_ids, tokens, record.scores)
             if streamer is not None:
@@ -159,11 +172,25 @@ class _Loop:
             streamer.end()
         if self.graph is not None:
             self.graph.settle()
-        return self._finished(input_ids, record)
+        return input_ids
 
     # --- on CUDA, in graphs -----------------------------------------------------------------------------------
 
-    def _graph_run(self, ending: _Ending, tokens: Tensor) -> GraphRun | None:
+    def _chains(self, logits_processor: Any, logits: Tensor) -> bool:
+        """Whether a graph may choose the tokens itself; `sampling` says how."""
+        if self.session.graphs is None or self.new < 2:
+            return False
+        self.sampling = known_sampling(logits_processor, logits, sampled=bool(self.settings.do_sample))
+        return self.sampling is not None
+
+    def _chain_of(self, input_ids: Tensor, first: Tensor, ending: _Ending) -> GraphRun | None:
+        assert self.sampling is not None
+        seen = self.sampling.seen(torch.cat([input_ids, first[:, None]], dim=-1))
+        return self._graph_run(ending, first, self.sampling, seen)
+
+    def _graph_run(
+        self, ending: _Ending, tokens: Tensor, sampling: Sampling | None = None, seen: Tensor | None = None
+    ) -> GraphRun | None:
         """The steps to come as graphs; None where they cannot be. The session's route says which, and why not."""
         pool, runner = self.session.graphs, self.session.runner
         assert runner is not None
@@ -172,8 +199,16 @@ class _Loop:
         reason = graph_obstacle(runner, self.cache, self.new, biased=self.biases is not None)
         if not reason:
             end_ids = sorted(ending.end_ids) if ending.plain else []
-            given = (self.positions, self.reach, self.mask, end_ids, ending.pad_id)
-            run = GraphRun(pool, self.model, runner, self.cache, *given)
+            text = Text(
+                positions=self.positions,
+                reach=self.reach,
+                mask=self.mask,
+                end_ids=end_ids,
+                pad=ending.pad_id,
+                sampling=sampling,
+                seen=seen,
+            )
+            run = GraphRun(pool, self.model, runner, self.cache, text)
             if run.ready(tokens):
                 self.session.last_route = Route(True, graph=True)
                 return run
@@ -182,7 +217,7 @@ class _Loop:
         return None
 
     def _chained(self, input_ids: Tensor, tokens: Tensor, ending: _Ending, streamer: Any) -> Tensor:
-        """Greedy tokens, each step behind the last on the device; the host looks at what came one step later."""
+        """Tokens, each step behind the last on the device; the host looks at what came one step later."""
         assert self.graph is not None
         last = self.new if ending.max_length is None else min(self.new, ending.max_length - input_ids.shape[1])
         watched = bool(ending.end_ids) or streamer is not None
@@ -194,11 +229,13 @@ class _Loop:
             if waiting.ends(ending, streamer):
                 # the step that was just launched is beyond the end
                 fed, waiting = fed - 1, None
+                self.graph.take_back_noise()
                 break
             waiting = under_way
         if waiting is not None:
             waiting.ends(ending, streamer)
         self.graph.settle(fed)
+        self.graph.check_choices()
         if streamer is not None:
             streamer.end()
         return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)

@@ -15,11 +15,11 @@ from typing import Any
 from transformers import DynamicCache
 
 from dsi.runtime.fast_loop import fast_sample
+from dsi.runtime.graph_pool import GraphPool
 from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
 from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
 from dsi.runtime.route import choose_route
 from dsi.runtime.session import ATTRIBUTE, Session, session_of
-from dsi.runtime.step_graph import ROUNDED_TO, GraphPool
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,13 +78,11 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     made = model_kwargs.get("past_key_values")
     if brought is None and made is not None and type(made) is DynamicCache and not made.offloading:
         needed = min(total, prompt.length + RESERVE)
-        lent = None
         if session.graphs is not None and session.last_route is not None and session.last_route.fast:
-            # a cache that a captured step writes to already
             rows = int(bound.arguments["batch_size"]) * (generation_config.num_return_sequences or 1)
-            needed = -(-needed // ROUNDED_TO) * ROUNDED_TO
-            lent = session.graphs.lend(rows, needed)
-        session.own_cache = PreallocatedCache.of(made, needed) if lent is None else lent
+            session.own_cache = session.graphs.cache_in_place_of(made, rows, needed)
+        else:
+            session.own_cache = PreallocatedCache.of(made, needed)
         model_kwargs["past_key_values"] = session.own_cache
 
 

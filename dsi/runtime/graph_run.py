@@ -1,7 +1,8 @@
 """The steps of one text through captured graphs: one at a time for whoever chooses the tokens, or chained.
 
-Chained, a greedy text needs no word from the host: the host launches steps and looks, one step behind, whether the text
-has ended. What was computed beyond the end is cut off.
+Chained, a text whose tokens the graph itself chooses needs no word from the host: the host launches steps and looks,
+one step behind, whether the text has ended. What was computed beyond the end is cut off, and its random numbers are
+given back.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
+from dsi.errors import CacheMemoryError
 from dsi.runtime.decode import DecodeRunner
+from dsi.runtime.graph_pool import GraphPool
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
-from dsi.runtime.step_graph import GraphKey, GraphPool, StepGraph
+from dsi.runtime.sampling import Sampling, noise_place, set_noise_place
+from dsi.runtime.step_graph import GraphKey, StepGraph
 
 # tokens from which on a graph is worth its capture: it takes as long as some steps without one
 WORTH_IT = 4
+_SMALLER = "use fewer rows, or a smaller max_new_tokens"
 
 
 def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) -> str:
@@ -40,6 +46,28 @@ def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) 
     return "the scores are biased by position" if biased else runner.graph_obstacle()
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Text:
+    """What the steps of one text have in common.
+
+    Args:
+        positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
+        reach: the steps to come stay below this position.
+        mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
+        end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
+        sampling: how the graph chooses tokens, or None for the most likely.
+        seen: int8 [B, vocabulary], tokens that came before, where the choice asks for them.
+    """
+
+    positions: Tensor | int
+    reach: int
+    mask: Tensor | None
+    end_ids: list[int] = attrs.field(factory=list)
+    pad: Tensor | None = None
+    sampling: Sampling | None = None
+    seen: Tensor | None = None
+
+
 class GraphRun:
     """One text's steps.
 
@@ -47,47 +75,43 @@ class GraphRun:
         pool: of the model's graphs.
         model, runner: whose steps.
         cache: filled by the prompt.
-        positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
-        reach: the steps to come stay below this position.
-        mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
-        end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
+        text: the rest.
     """
 
     def __init__(
-        self,
-        pool: GraphPool,
-        model: nn.Module,
-        runner: DecodeRunner,
-        cache: PreallocatedCache,
-        positions: Tensor | int,
-        reach: int,
-        mask: Tensor | None,
-        end_ids: list[int],
-        pad: Tensor | None,
+        self, pool: GraphPool, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, text: Text
     ) -> None:
-        self.pool, self.model, self.runner, self.cache = pool, model, runner, cache
-        self.positions, self.reach, self.mask, self.end_ids, self.pad = positions, reach, mask, end_ids, pad
+        self.pool, self.model, self.runner, self.cache, self.text = pool, model, runner, cache, text
         self.layers: list[Any] = cache.layers
-        self.key = GraphKey(self.layers[0].keys.shape[0], mask is not None, len(end_ids))
+        choice = text.sampling
+        self.key = GraphKey(
+            batch=self.layers[0].keys.shape[0],
+            masked=text.mask is not None,
+            ends=len(text.end_ids),
+            sampled=choice is not None and choice.sampled,
+            penalized=0 if choice is None or choice.penalty is None else choice.vocabulary,
+        )
         self.graph: StepGraph | None = None
         # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
-        self.taken = self.before = self.told = 0
+        self.taken = self.before = self.told = self.place = 0
         self.chosen: list[Tensor] = []
 
     def ready(self, tokens: Tensor) -> bool:
         """Whether there is a graph; it is set to the text, `tokens` int64 [B] to be fed first."""
         # the capture itself writes to the next position
-        for layer in self.layers:
-            layer.make_room(1)
-        graph = self.pool.get(self.model, self.runner, self.cache, self.key, self.reach)
+        self._make_room()
+        text = self.text
+        graph = self.pool.get(self.model, self.runner, self.cache, self.key, text.reach)
         if graph is None:
             return False
         if self.runner.reads_whole_buffers():
             for layer in self.layers:
                 layer.clear_rest()
         length = self.cache.get_seq_length()
-        graph.begin(tokens, self.positions + self.taken, length, self.mask)
-        graph.set_ends(self.end_ids, self.pad)
+        graph.begin(tokens, text.positions + self.taken, length, text.mask)
+        graph.set_ends(text.end_ids, text.pad)
+        if text.sampling is not None:
+            graph.set_sampling(text.sampling.settings, text.seen)
         self.graph = graph
         return True
 
@@ -100,13 +124,24 @@ class GraphRun:
         return logits
 
     def chain(self, count: int) -> Iterator[Tensor]:
-        """Take that many greedy steps: after each the next tokens, int64 [B, 1], valid until the next step."""
+        """Take that many steps: after each the next tokens, int64 [B, 1], valid until the next step."""
         assert self.graph is not None
         for _ in range(count):
             graph = self._with_room(self.graph.tokens[:, 0])
+            self.place = noise_place(graph.tokens.device) if self.key.sampled else 0
             graph.replay()
             self.taken += 1
             yield graph.tokens
+
+    def take_back_noise(self) -> None:
+        """The random numbers of the latest step were not drawn."""
+        if self.key.sampled and self.graph is not None:
+            set_noise_place(self.graph.tokens.device, self.place)
+
+    def check_choices(self) -> None:
+        """Raises RuntimeError, in torch's words, where the logits of some step were no distribution."""
+        if self.key.sampled and self.graph is not None and bool(self.graph.invalid):
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
     def tokens(self) -> Tensor:
         """What was chosen after each step, the token that was fed first before them: int64 [B, 1 + steps]."""
@@ -124,13 +159,35 @@ class GraphRun:
             self.graph.done.record()
 
     def _with_room(self, tokens: Tensor) -> StepGraph:
-        assert self.graph is not None
-        if self.cache.get_seq_length() + self.taken - self.told < self.graph.capacity:
-            return self.graph
-        kept, self.chosen = (tokens.clone(), self.graph.finished.clone()), [self.tokens()]
+        graph = self.graph
+        assert graph is not None
+        if self.cache.get_seq_length() + self.taken - self.told < graph.capacity:
+            return graph
+        kept, self.chosen = (tokens.clone(), graph.finished.clone(), graph.invalid.clone()), [self.tokens()]
+        seen = None if graph.seen is None else graph.seen.clone()
+        self.text = attrs.evolve(self.text, seen=seen)
         self.before = self.taken
         self.settle()
+        # the old buffers are let go of before the graph for the new ones asks for memory
+        self.graph = graph = None
+        self.pool.forget(self.key)
         if not self.ready(kept[0]):
-            raise RuntimeError(f"generate: the text outgrew its KV cache, and {self.pool.reason}")
-        self.graph.finished.copy_(kept[1])
-        return self.graph
+            raise CacheMemoryError(f"generate: the text outgrew its KV cache, and {self.pool.reason}", hint=_SMALLER)
+        graph = self.graph
+        assert graph is not None
+        graph.finished.copy_(kept[1])
+        graph.invalid.copy_(kept[2])
+        return graph
+
+    def _make_room(self) -> None:
+        # the first layer's grows beside the others' old ones: each layer lets go of its own
+        try:
+            for layer in self.layers:
+                layer.make_room(1)
+        except torch.OutOfMemoryError as error:
+            self.pool.forget(self.key)
+            length = self.cache.get_seq_length()
+            raise CacheMemoryError(
+                f"generate: the KV cache is full at {length} positions, and there is no memory to grow: {error}",
+                hint=_SMALLER,
+            ) from error

@@ -13,9 +13,9 @@ from dsi.policy import Policy
 
 if TYPE_CHECKING:
     from dsi.runtime.decode import DecodeRunner
+    from dsi.runtime.graph_pool import GraphPool
     from dsi.runtime.kv_cache import PreallocatedCache
     from dsi.runtime.limits import Prompt
-    from dsi.runtime.step_graph import GraphPool
 
 # where the session hangs: in the model's __dict__, past nn.Module.__setattr__
 ATTRIBUTE = "_dsi"

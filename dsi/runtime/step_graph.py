@@ -2,32 +2,21 @@
 
 A graph holds addresses: of the weights, of the cache's buffers, of its own few inputs. Whatever a step needs to know,
 how much of the cache is filled, where the tokens stand, which rows have ended, lies on the device and is moved on by
-the graph itself, so that steps chain without a word from the host. A pool keeps the latest graphs, and the caches that
-they write to; a graph whose addresses are no longer the model's is dropped.
+the graph itself, so that steps chain without a word from the host.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
 from dsi.containers.ops import Heads
-from dsi.runtime.capture import end_failed_capture
-from dsi.runtime.decode import DecodeRunner, Step
+from dsi.runtime.decode import Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
-
-logger = logging.getLogger(__name__)
-
-# graphs, each with its cache, that a model keeps: one for each batch size and kind of mask
-KEPT = 4
-# positions that caches for graphs are rounded up to, so that a longer text does not ask for a graph of its own at once
-ROUNDED_TO = 256
 
 
 class GraphLayer:
@@ -76,11 +65,15 @@ class GraphKey:
         batch: rows.
         masked: some positions are padding.
         ends: how many end tokens there are.
+        sampled: tokens are drawn; otherwise the most likely one is taken.
+        penalized: how many tokens the vocabulary has, where those that came before are counted; 0 where not.
     """
 
     batch: int
     masked: bool
     ends: int
+    sampled: bool = False
+    penalized: int = 0
 
 
 class StepGraph:
@@ -95,6 +88,8 @@ class StepGraph:
     """
 
     def __init__(self, step: Step, cache: PreallocatedCache, key: GraphKey, reach: int, pool: Any) -> None:
+        from dsi_kernels import sampling_settings
+
         layers: list[Any] = cache.layers
         device, rows = layers[0].keys.device, key.batch
         self.key, self.step, self.reach = key, step, reach
@@ -110,6 +105,10 @@ class StepGraph:
         self.ends, self.pad = torch.full((max(key.ends, 1),), -1, **integers), torch.zeros((), **integers)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.mask = torch.ones(rows, 1, 1, self.capacity, dtype=torch.bool, device=device) if key.masked else None
+        # how tokens are chosen, which of them came before, and whether logits were no distribution
+        self.settings = torch.tensor(sampling_settings(), dtype=torch.float32, device=device)
+        self.seen = torch.zeros(rows, key.penalized, dtype=torch.int8, device=device) if key.penalized else None
+        self.invalid = torch.zeros(1, dtype=torch.bool, device=device)
         self._count_from(cache.get_seq_length())
         self.layers = [GraphLayer(layer, start, filled) for layer in layers]
         self.graph, self.logits = self._captured(pool)
@@ -130,8 +129,15 @@ class StepGraph:
         import dsi_kernels
 
         logits = self.step.logits(self.tokens, self.positions, self.layers, self.mask)
-        ending = (self.finished, self.ends, self.pad) if self.key.ends else ()
-        dsi_kernels.greedy_token(logits.contiguous(), self.tokens, self.history, self.positions, self.counters, *ending)
+        ending = {"finished": self.finished, "ends": self.ends, "pad": self.pad} if self.key.ends else {}
+        state = (self.tokens, self.history, self.positions, self.counters)
+        if not (self.key.sampled or self.key.penalized):
+            dsi_kernels.greedy_token(logits.contiguous(), *state, **ending)
+            return logits
+        # torch.multinomial draws the same numbers from the same generator
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_() if self.key.sampled else None
+        given = (logits.contiguous(), noise, self.settings, *state, self.invalid)
+        dsi_kernels.sample_token(*given, seen=self.seen, **ending)
         return logits
 
     def _count_from(self, length: int) -> None:
@@ -166,89 +172,14 @@ class StepGraph:
             assert pad is not None, "transformers gives a padding token wherever there is an end token"
             self.pad.copy_(pad.view(()))
 
+    def set_sampling(self, settings: tuple[float, ...], seen: Tensor | None) -> None:
+        """How tokens are chosen, and int8 [B, vocabulary], which of them came before."""
+        self.settings.copy_(torch.tensor(settings, dtype=torch.float32))
+        self.invalid.fill_(False)
+        if self.seen is not None and seen is not None:
+            self.seen.copy_(seen)
+
     def replay(self) -> Tensor:
         """One step: logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
         self.graph.replay()
         return self.logits
-
-
-class GraphPool:
-    """The graphs of one model, least recently used out, each with the cache that it writes to."""
-
-    def __init__(self) -> None:
-        self._graphs: OrderedDict[GraphKey, tuple[tuple[int, ...], StepGraph]] = OrderedDict()
-        self._model: tuple[Any, ...] = ()
-        self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
-        self._memory: Any = None
-        # why no graph may be tried any more, and why the latest was not to be had
-        self.failure = self.reason = ""
-
-    def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
-        """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
-
-        Whoever keeps it beyond the call does not give it back.
-        """
-        cache = self._caches.pop(batch, None)
-        if cache is None or min(layer.capacity for layer in cache.layers) < positions:
-            return None
-        cache.reset()
-        return cache
-
-    def give_back(self, batch: int, cache: PreallocatedCache) -> None:
-        """The cache is nobody's any more."""
-        self._caches[batch] = cache
-        while len(self._caches) > KEPT:
-            self._caches.popitem(last=False)
-
-    def forget(self, key: GraphKey) -> None:
-        """Drop a graph: the cache that it writes to is somebody else's now."""
-        self._graphs.pop(key, None)
-
-    def get(
-        self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int
-    ) -> StepGraph | None:
-        """A graph for this cache and positions below `reach`; None where capturing failed."""
-        if self.failure:
-            return None
-        if (parts := _parts(model, runner)) != self._model:
-            # all of them hold weights that are no longer the model's
-            self._graphs.clear()
-            self._model = parts
-        addresses = tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
-        found = self._graphs.pop(key, None)
-        if found is None or found[0] != addresses or found[1].reach < reach:
-            # let go of the old one's memory before the new one asks for its own
-            found = None
-            made = self._make(runner, cache, key, reach)
-            if made is None:
-                return None
-            found = addresses, made
-        self._graphs[key] = found
-        while len(self._graphs) > KEPT:
-            self._graphs.popitem(last=False)
-        return found[1]
-
-    def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        reach = max(reach, *(layer.capacity for layer in cache.layers))
-        try:
-            # tensors made in inference mode could not be written to outside
-            with torch.inference_mode(False), torch.no_grad():
-                return StepGraph(runner.bind(reach), cache, key, reach, self._memory)
-        except torch.OutOfMemoryError as error:
-            end_failed_capture(cache.layers[0].keys.device)
-            self.reason = f"no memory for a decode graph: {error}"
-            logger.warning("%s", self.reason)
-            return None
-        # whatever a capture, a compiler or a launcher raises: steps without a graph are right
-        except Exception as error:  # noqa: BLE001
-            end_failed_capture(cache.layers[0].keys.device)
-            self.failure = self.reason = f"capturing a decode step failed: {error}"
-            logger.warning("%s", self.failure)
-            return None
-
-
-def _parts(model: nn.Module, runner: DecodeRunner) -> tuple[Any, ...]:
-    """What of a model a graph was captured from: differs once weights moved, or parts were exchanged."""
-    return (*(parameter.data_ptr() for parameter in model.parameters()), *runner.parts_identity())

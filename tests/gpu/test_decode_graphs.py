@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import dsi
+from dsi.runtime import graph_pool
 from tests.support.models import CAUSAL, inputs_for, tiny
 
 pytestmark = pytest.mark.gpu
@@ -132,7 +133,7 @@ def test_a_text_outgrows_its_cache(monkeypatch: Any) -> None:
     # the package's function has the module's name
     for module in ("fast_loop", "generate"):
         monkeypatch.setattr(sys.modules[f"dsi.runtime.{module}"], "RESERVE", 4)
-    monkeypatch.setattr(sys.modules["dsi.runtime.generate"], "ROUNDED_TO", 1)
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 1)
     pair = Pair("llama")
     for count in (40, 23, 50):
         pair.check(pair.inputs(2, 6, "left"), max_new_tokens=count)

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import dsi
-from dsi.runtime import decode, fast_loop, step_graph
+from dsi.runtime import decode, fast_loop, graph_pool, graph_run, step_graph
+from dsi.runtime.kv_cache import PreallocatedLayer
 from tests.support.models import inputs_for, tiny
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -67,13 +68,17 @@ def graphs(monkeypatch: Any) -> list[step_graph.StepGraph]:
             return Replayed(self), self._run()
 
     monkeypatch.setattr(dsi_kernels, "greedy_token", dsi_kernels.greedy_token_reference)
+    monkeypatch.setattr(dsi_kernels, "sample_token", dsi_kernels.sample_token_reference)
     monkeypatch.setattr(step_graph.StepGraph, "_captured", captured)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "Event", Nothing)
     monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
     monkeypatch.setattr(decode.DecodeRunner, "graph_obstacle", lambda self: "")
     monkeypatch.setattr(fast_loop, "_Arrival", Arrived)
-    monkeypatch.setattr(step_graph, "end_failed_capture", lambda device: None)
+    monkeypatch.setattr(graph_pool, "end_failed_capture", lambda device: None)
+    for module in (graph_pool, graph_run):
+        monkeypatch.setattr(module, "noise_place", lambda device: torch.get_rng_state())
+        monkeypatch.setattr(module, "set_noise_place", lambda device, place: torch.set_rng_state(place))
     return made
 
 
@@ -81,7 +86,7 @@ class Pair:
     def __init__(self, model: nn.Module) -> None:
         self.stock, self.ours = model, copy.deepcopy(model)
         self.engine = dsi.init_inference(self.ours)
-        self.ours._dsi.graphs = step_graph.GraphPool()
+        self.ours._dsi.graphs = graph_pool.GraphPool()
 
     def check(self, given: dict[str, Any], **arguments: Any) -> Any:
         settings = {**GREEDY, **arguments}
@@ -119,19 +124,127 @@ def test_ends_anywhere(count):
         pair.check({name: x[row : row + 1] for name, x in given.items()}, eos_token_id=ends or None)
 
 
-@pytest.mark.parametrize("arguments", [{"repetition_penalty": 1.3}, {"min_new_tokens": 5}, {"max_time": 9.0}], ids=str)
+@pytest.mark.parametrize("arguments", [{"no_repeat_ngram_size": 2}, {"min_new_tokens": 5}, {"max_time": 9.0}], ids=str)
 def test_other_modes_take_a_step_at_a_time(arguments):
     llama().check(inputs_for("llama", 2, 6), **arguments)
 
 
-def test_sampling_draws_what_stock_draws():
-    pair, drawn = llama(), []
+SAMPLED = [
+    {"top_k": 0},
+    {"top_k": 9},
+    {"temperature": 0.6, "top_k": 0, "top_p": 0.7},
+    {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+]
+
+
+@pytest.mark.parametrize("arguments", [*SAMPLED, {"top_k": 9, "no_repeat_ngram_size": 2}], ids=str)
+def test_sampling_draws_what_stock_draws(arguments, monkeypatch):
+    """The same tokens, and after them the same random numbers."""
+    pair, steps = llama(), []
+    take = graph_run.GraphRun.take
+    monkeypatch.setattr(graph_run.GraphRun, "take", lambda self, tokens: [steps.append(1), take(self, tokens)][1])
+    for pad, ends in ((None, None), ("left", 3), ("left", 40)):
+        given, drawn = inputs_for("llama", 2, 6, pad), []
+        stop = None
+        for model in (pair.stock, pair.ours):
+            torch.manual_seed(3)
+            ids = model.generate(**given, **arguments, do_sample=True, max_new_tokens=14, eos_token_id=stop)
+            drawn += [ids, torch.rand(1)]
+        assert torch.equal(drawn[0], drawn[2])
+        assert torch.equal(drawn[1], drawn[3])
+        if ends is not None:
+            # both rows end early: a step beyond the end is taken, and what it drew given back
+            stop, drawn = [int(drawn[0][0, 8]), int(drawn[0][1, 10])], []
+            for model in (pair.stock, pair.ours):
+                model.generation_config.pad_token_id = 0
+                torch.manual_seed(3)
+                ids = model.generate(**given, **arguments, do_sample=True, max_new_tokens=14, eos_token_id=stop)
+                drawn += [ids, torch.rand(1)]
+            assert drawn[0].shape[1] < 20
+            assert torch.equal(drawn[0], drawn[2])
+            assert torch.equal(drawn[1], drawn[3])
+        assert pair.ours._dsi.last_route.graph, pair.ours._dsi.last_route.reason
+    # the host chose the tokens only where it had to
+    assert bool(steps) is ("no_repeat_ngram_size" in arguments)
+
+
+def test_other_settings_need_no_other_graph(graphs):
+    pair, given = llama(), inputs_for("llama", 2, 6)
+    for arguments in SAMPLED[:3]:
+        pair.ours.generate(**given, **arguments, do_sample=True, max_new_tokens=8)
+        assert pair.ours._dsi.last_route.graph
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+def test_a_penalty_on_the_device(pad, monkeypatch):
+    monkeypatch.setattr(graph_run.GraphRun, "take", None)
+    pair = llama()
+    pair.check(inputs_for("llama", 2, 6, pad), repetition_penalty=1.3)
+
+
+def test_logits_that_are_no_distribution():
+    pair, given = llama(), inputs_for("llama", 1, 6)
+    pair.ours.generate(**given, do_sample=True, max_new_tokens=8)
+    step = decode.Step.logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode.Step, "logits", lambda *args: step(*args) * float("nan"))
+        with pytest.raises(RuntimeError, match="probability tensor contains"):
+            pair.ours.generate(**given, do_sample=True, max_new_tokens=8)
+    pair.check(given)
+
+
+def test_streamed_sampling_is_chained(monkeypatch):
+    monkeypatch.setattr(graph_run.GraphRun, "take", None)
+    pair, given, told = llama(), inputs_for("llama", 1, 6), []
+
+    class Told:
+        def put(self, value: torch.Tensor) -> None:
+            told.extend(value.reshape(-1).tolist())
+
+        def end(self) -> None: ...
+
     for model in (pair.stock, pair.ours):
-        torch.manual_seed(3)
-        drawn.append(model.generate(**inputs_for("llama", 2, 6), do_sample=True, top_k=9, max_new_tokens=12))
-        drawn.append(torch.rand(1))
-    assert torch.equal(drawn[0], drawn[2])
-    assert torch.equal(drawn[1], drawn[3])
+        torch.manual_seed(1)
+        model.generate(**given, do_sample=True, max_new_tokens=9, streamer=Told())
+    assert pair.ours._dsi.last_route.graph
+    assert told[: len(told) // 2] == told[len(told) // 2 :]
+
+
+def test_no_memory_to_grow_is_told_and_the_engine_goes_on(monkeypatch):
+    generate = sys.modules["dsi.runtime.generate"]
+    for module in (fast_loop, generate):
+        monkeypatch.setattr(module, "RESERVE", 4)
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 1)
+    pair, given = llama(), inputs_for("llama", 2, 6)
+    grow = PreallocatedLayer._grow
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("9 GiB")
+
+    monkeypatch.setattr(PreallocatedLayer, "_grow", fails)
+    with pytest.raises(dsi.CacheMemoryError, match="full at 10 positions, and there is no memory to grow: 9 GiB"):
+        pair.ours.generate(**given, max_new_tokens=20, do_sample=False)
+    monkeypatch.setattr(PreallocatedLayer, "_grow", grow)
+    pair.check(given, max_new_tokens=20)
+
+
+def test_idle_caches_are_few(monkeypatch):
+    monkeypatch.setattr(graph_pool, "SPARE_BYTES", 0)
+    pair = llama()
+    pool = pair.ours._dsi.graphs
+    for rows in (1, 8, 1, 2, 3, 1):
+        pair.check(inputs_for("llama", rows, 6))
+        kept = list(pool._caches.values())
+        assert sum(map(graph_pool._bytes, kept[:-1])) <= pool._spare
+        # no graph holds on to a cache that was let go
+        held = {graph_pool._addresses(cache) for cache in kept}
+        assert {written for written, _ in pool._graphs.values()} <= held
+
+
+@pytest.mark.parametrize(("positions", "capacity"), [(1, 256), (256, 256), (257, 512), (9000, 9216), (20000, 20480)])
+def test_capacities(positions, capacity):
+    assert graph_pool.rounded(positions) == capacity
 
 
 def test_a_text_outgrows_its_cache(monkeypatch):
@@ -139,7 +252,7 @@ def test_a_text_outgrows_its_cache(monkeypatch):
     generate = sys.modules["dsi.runtime.generate"]
     for module in (fast_loop, generate):
         monkeypatch.setattr(module, "RESERVE", 4)
-    monkeypatch.setattr(generate, "ROUNDED_TO", 1)
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 1)
     pair = llama()
     for count in (40, 23, 50):
         pair.check(inputs_for("llama", 2, 6, "left"), max_new_tokens=count)
@@ -166,7 +279,7 @@ def test_a_cache_that_is_full_gets_room_first(monkeypatch):
     generate = sys.modules["dsi.runtime.generate"]
     for module in (fast_loop, generate):
         monkeypatch.setattr(module, "RESERVE", 0)
-    monkeypatch.setattr(generate, "ROUNDED_TO", 1)
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 1)
     pair = llama()
     # the prompt fills what was set aside to the last position
     pair.check(inputs_for("llama", 1, 9))
@@ -260,7 +373,7 @@ def test_sliding_windows_decode_without_a_graph_call_after_call():
     model = MistralForCausalLM(config).eval()
     stock = copy.deepcopy(model)
     dsi.init_inference(model)
-    model._dsi.graphs = step_graph.GraphPool()
+    model._dsi.graphs = graph_pool.GraphPool()
     for _ in range(2):
         ids = torch.randint(4, 60, (1, 7))
         assert torch.equal(model.generate(ids, **GREEDY), stock.generate(ids, **GREEDY))
