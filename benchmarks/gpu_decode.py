@@ -77,6 +77,7 @@ def decode(stage: Stage, text: Text, *, quick: bool, peak: Peak, rivals: bool) -
     pair = stage.pair(text.model)
     ids, new = pair.ids(text.batch, text.prompt), 32 if quick else text.new
     check = check_steps(text.name, pair, ids)
+    check_route(text.name, pair)
     rounds = 3 if quick else 7
     writers = {"dsi": Writer(write=_writer(pair.engine, ids), long=new, rounds=rounds)}
     if text.stock is not None:
@@ -88,8 +89,9 @@ def decode(stage: Stage, text: Text, *, quick: bool, peak: Peak, rivals: bool) -
         loop = CompiledLoop(pair.stock, ids, text.prompt + new, tune=text.tune and not quick)
         writers["torch.compile"] = Writer(write=loop, long=new, rounds=rounds)
         facts["compile_seconds"] = loop.seconds
+        # not a bar: rounding differs, and one other token changes all that follow
+        facts["tokens_as_compiled"] = (loop(16) == writers["dsi"].write(16)).double().mean().item()
     times = token_times(writers, sync=torch.cuda.synchronize)
-    check_route(text.name, pair)
     context = text.prompt + new / 2
     bytes_read = pair.weight_bytes() + text.batch * context * pair.position_bytes()
     floor = bytes_read / peak["GB/s copy"] / 1e6
@@ -223,15 +225,29 @@ def graph_times(step: Callable[[int], object], count: int, *, quick: bool) -> li
     with torch.cuda.graph(graph):
         for index in range(count):
             step(index)
+    return [milliseconds / count for milliseconds in _between_events(graph.replay, quick=quick)]
+
+
+def stream_times(step: Callable[[int], object], count: int, *, quick: bool) -> list[float]:
+    """Milliseconds of one of `count` steps that are launched one behind the other."""
+
+    def run() -> None:
+        for index in range(count):
+            step(index)
+
+    return [milliseconds / count for milliseconds in _between_events(run, quick=quick)]
+
+
+def _between_events(run: Callable[[], object], *, quick: bool) -> list[float]:
     times = []
     for turn in range((5 if quick else 15) + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
         if turn >= 3:
-            times.append(start.elapsed_time(end) / count)
+            times.append(start.elapsed_time(end))
     return times
 
 

@@ -239,7 +239,7 @@ def check_steps(name: str, pair: Pair, ids: Tensor, *, steps: int = 8) -> dict[s
 
 
 def check_route(name: str, pair: Pair) -> None:
-    """The latest `generate` took its steps in graphs, or nothing is reported."""
+    """The latest `generate`, of more tokens than a few, took its steps in graphs, or nothing is reported."""
     route = pair.engine.module._dsi.last_route
     if not route.graph:
         raise Refused(f"{name}: steps were no graphs: {route.reason}")

@@ -27,10 +27,12 @@ class CompiledLoop:
     def __init__(self, model: Any, ids: Tensor, capacity: int, *, tune: bool = False) -> None:
         import torch._inductor.config as inductor
 
+        # what was compiled for another shape would count as a change, and make sizes variable
+        torch._dynamo.reset()
         inductor.coordinate_descent_tuning = tune
         self.model, self.ids = model, ids
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        self._step = torch.compile(self._eager_step, mode="reduce-overhead", fullgraph=True)
+        self._step = torch.compile(self._eager_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
         started = time.perf_counter()
         # compiles, records its graph, replays it
         for _ in range(2):
@@ -58,8 +60,10 @@ class CompiledLoop:
 
 
 def compiled_forward(model: Any) -> Any:
-    """The model as torch.compile makes it fastest at a forward: CUDA graphs, one graph."""
+    """The model as torch.compile makes it fastest at one shape: CUDA graphs, no breaks, kernels for that shape."""
     import torch._inductor.config as inductor
 
+    torch._dynamo.reset()
     inductor.coordinate_descent_tuning = False
-    return torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    # left to itself, torch compiles the second shape that it meets for any size: twice as slow
+    return torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
