@@ -10,7 +10,6 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,7 +30,8 @@ def varlen_attention_reference(
     """What the kernel must compute, in plain torch; 0 for tokens of no row. The tests' oracle and the CPU path."""
     out = q.new_zeros(q.shape)
     bounds: list[int] = cu_seqlens.tolist()
-    for first, last in pairwise(bounds):
+    for index, last in enumerate(bounds[1:]):
+        first = bounds[index]
         row = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
         out[first:last] = attention_reference(*row, causal=causal, scale=scale)[0]
     return out.flatten(1)

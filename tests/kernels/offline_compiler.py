@@ -80,6 +80,25 @@ def steps(case, half):
     dk.step_attention(qkv, cache, cache, torch.tensor(5), 8, 2, window=64, ring=True, **given)
 
 
+def forwards(case, half):
+    """Products with what follows them, and attention of many queries."""
+    blocks = {"block_m": 64, "block_n": 64, "block_k": 64, "group_m": 8, "num_warps": 4, "stages": 3}
+    x, weight, bias = torch.zeros(64, 256, dtype=half), torch.zeros(256, 256, dtype=half), torch.zeros(256, dtype=half)
+    case("products")
+    dk.linear_fused(x, weight, bias, kind="gelu", residual=x, config=blocks | {"splits": 1})
+    case("products, cut")
+    dk.linear_fused(x, weight, bias, kind="silu", gated=True, config=blocks | {"splits": 2})
+    dk.linear_norm(x, weight, bias, x, "layer", bias, bias, 1e-5, config=blocks | {"splits": 2})
+    dk.linear_norm(x, weight, None, x, "rms", bias, None, 1e-5, config=blocks | {"splits": 2})
+    case("whole texts")
+    blocks = {"block_s": 64, "block_t": 64, "num_warps": 4, "stages": 2}
+    q, k, v = (part.transpose(1, 2) for part in torch.zeros(2, 64, 4, 64, dtype=half).split((2, 1, 1), 2))
+    dk.attention(q, k, v, config=blocks)
+    dk.attention(q, k, v, torch.ones(2, 1, 64, 64, dtype=torch.bool), causal=True, config=blocks)
+    q, k, v = (part.transpose(1, 2)[0] for part in (q, k, v))
+    dk.varlen_attention(q, k, v, torch.zeros(3, dtype=torch.int32), 64, causal=True, config=blocks)
+
+
 def launch_all(case):  # noqa: PLR0915 - one call after the other
     """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
     half = torch.bfloat16
@@ -97,6 +116,7 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     dk.bias_activation(x, None, "gelu_tanh")
     dk.bias_activation(x.half(), w.half(), "relu")
     matvecs(case, half)
+    forwards(case, half)
     steps(case, half)
     case("greedy token")
     ids, one = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)

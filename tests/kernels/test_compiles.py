@@ -37,6 +37,7 @@ def test_every_kernel_compiles(compiled):
         "_add_layer_norm_kernel",
         "_add_rms_norm_kernel",
         "_advance_kernel",
+        "_attention_kernel",
         "_bias_activation_kernel",
         "_choose_kernel",
         "_decode_attention_kernel",
@@ -44,12 +45,15 @@ def test_every_kernel_compiles(compiled):
         "_input_flags_kernel",
         "_largest_kernel",
         "_layer_norm_kernel",
+        "_linear_kernel",
         "_matvec_kernel",
         "_merge_splits_kernel",
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
         "_scores_kernel",
         "_step_attention_kernel",
+        "_sum_kernel",
+        "_sum_norm_kernel",
     }
 
 
@@ -89,3 +93,9 @@ def test_one_head_exchanges_nothing_between_warps_in_its_loop(compiled):
 
 def test_a_matrix_is_read_sixteen_bytes_at_a_time(compiled):
     assert all(facts["wide_loads"] for facts in compiled if facts["kernel"] == "_matvec_kernel")
+
+
+def test_a_forwards_products_and_attention_read_ahead_for_the_tensor_cores(compiled):
+    found = [facts for facts in compiled if facts["kernel"] in ("_linear_kernel", "_attention_kernel")]
+    assert len(found) == 7
+    assert all(facts["tensor_core"] and facts["async_copies"] and not facts["tf32"] for facts in found)

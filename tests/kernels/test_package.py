@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 10
+    assert len(OPS) == 17
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -72,6 +72,11 @@ calls = {
     "matvec": (x[:1], x), "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
     "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
     "step_attention": (qkv[0], cache, cache.clone(), 1, 1, 1),
+    "input_flags": (None, None, None, ids[0].clone(), ids[0].clone(), 9),
+    "sample_token": (x[:1], None, torch.tensor([1.0, 0, 1, 0, 1, 0]), ids.clone(), ids.clone(), ids.clone(),
+                     torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)),
+    "linear_fused": (x, x), "linear_norm": (x, x, None, torch.zeros(3, 3), "layer", None, None, 1e-5),
+    "attention": (q, q, q), "varlen_attention": (q[0], q[0], q[0], torch.tensor([0, 1], dtype=torch.int32), 1),
 }
 for op, operands in calls.items():
     getattr(dk, op + "_reference")(*operands)
