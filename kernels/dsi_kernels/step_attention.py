@@ -170,9 +170,7 @@ def step_attention_reference(
     group, repeat = heads // kv_heads, k_cache.shape[1] // kv_heads
     length = positions_reference(start, B, qkv.device)
     at, seen = _seen_reference(length, width, mask, window, ring=ring)
-    new = torch.ones(B, 1, dtype=torch.bool, device=qkv.device)
-    if mask is not None:
-        new = mask[:, 0, 0].expand(B, -1).gather(1, length[:, None])
+    new = torch.ones_like(seen[:, :1]) if mask is None else mask[:, 0, 0].expand(B, -1).gather(1, length[:, None])
     live = torch.cat((seen, new), 1)[:, None]
     keys, values = (torch.cat((c[:, ::repeat], x[:, :, None]), 2) for c, x in ((k_cache, k), (v_cache, v)))
     keys, values = (t.float().repeat_interleave(group, 1) for t in (keys, values))
@@ -188,8 +186,8 @@ def step_attention_reference(
 
     slot = length % width if ring else length
     rows = (slot < width).nonzero()[:, 0]
-    k_cache[rows, :, slot[rows]] = k[rows].repeat_interleave(repeat, 1)
-    v_cache[rows, :, slot[rows]] = v[rows].repeat_interleave(repeat, 1)
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        cache[rows, :, slot[rows]] = x[rows].repeat_interleave(repeat, 1)
     return out
 
 
@@ -252,10 +250,8 @@ def _round(x, ROUND: tl.constexpr):
 def _bias(slope, places_ptr, at, live, alibi_scale, ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr):
     """Of keys at positions `at`, in base 2; slope broadcasts with at."""
     if places_ptr is not None:
-        place = tl.load(places_ptr + at, mask=live, other=0).to(tl.float32)
-    else:
-        place = at.to(tl.float32)
-    bias = _round(_round(slope * _round(place, ROUND), ROUND), DTYPE)
+        at = tl.load(places_ptr + at, mask=live, other=0)
+    bias = _round(_round(slope * _round(at.to(tl.float32), ROUND), ROUND), DTYPE)
     if SCALED:
         bias = _round(bias * alibi_scale, DTYPE)
     return bias * 1.4426950408889634
@@ -349,45 +345,26 @@ def _merge(
     total = tl.sum(z * tl.exp2(m - base[:, None]), axis=1)
     out = tl.zeros([HEADS, BLOCK_D], tl.float32)
     for s0 in tl.range(0, live, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        there = (g < group)[:, None] & (s < live)[None, :]
-        at = first[:, None] + s[None, :]
-        m = tl.load(m_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        inside = there[:, :, None] & (d < HEAD_DIM)[None, None, :]
-        acc = tl.load(
-            acc_ptr + (at * HEAD_DIM)[:, :, None] + d[None, None, :], mask=inside, other=0.0, cache_modifier=".cg"
-        )
-        out += tl.sum(acc * tl.exp2(m - base[:, None])[:, :, None], axis=1)
+        # names of their own: these are narrower than those above, and a loop's names keep their types
+        part = s0 + tl.arange(0, BLOCK_S)
+        at = first[:, None] + part[None, :]
+        mine = (g < group)[:, None] & (part < live)[None, :]
+        share = tl.load(m_ptr + at, mask=mine, other=float("-inf"), cache_modifier=".cg")
+        share = tl.exp2(share - base[:, None])
+        inside = mine[:, :, None] & (d < HEAD_DIM)[None, None, :]
+        where = acc_ptr + (at * HEAD_DIM)[:, :, None] + d[None, None, :]
+        out += tl.sum(tl.load(where, mask=inside, other=0.0, cache_modifier=".cg") * share[:, :, None], axis=1)
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    inside = (g < group)[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(out_ptr + ((row + g) * HEAD_DIM)[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    whole = (g < group)[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(out_ptr + ((row + g) * HEAD_DIM)[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=whole)
 
 
-# what grows with every token is no reason to compile again
-@triton.jit(do_not_specialize=["start", "width", "splits", "min_split", "window", "mask_b", "places_b"])
-def _step_attention_kernel(
-    qkv_ptr, k_ptr, v_ptr, out_ptr, m_ptr, z_ptr, acc_ptr, ticket_ptr, cos_ptr, sin_ptr, at_ptr,
-    q_w_ptr, k_w_ptr, q_b_ptr, k_b_ptr, mask_ptr, slopes_ptr, places_ptr,
-    start, width, capacity, splits, min_split, window, scale, cap, eps, offset, alibi_scale, kv_heads, group,
-    qkv_b, k_b, k_h, k_t, v_b, v_h, v_t, cos_b, cos_t, sin_b, sin_t, mask_b, mask_t, places_b,
-    START_STRIDE: tl.constexpr, AT_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    PAIRS: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, RING: tl.constexpr, REPEAT: tl.constexpr,
-    ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_S: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _stretch(
+    start, b, split, splits, min_split, width, capacity, window,
+    START_STRIDE: tl.constexpr, BLOCK_T: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        launch_dependents()
-    GROUP: tl.constexpr = BLOCK_G > 1
-    ALIBI: tl.constexpr = slopes_ptr is not None
-    # int64 before a stride multiplies: a cache of 128k tokens passes 2**31 elements at batch 32
-    b = (tl.program_id(0) // kv_heads).to(tl.int64)
-    h = (tl.program_id(0) % kv_heads).to(tl.int64)
-    split = tl.program_id(1)
-    scale, cap, alibi_scale = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32), tl.cast(alibi_scale, tl.float32)
-    eps, offset = tl.cast(eps, tl.float32), tl.cast(offset, tl.float32)
-
-    # the earlier tokens are at 0 .. n, of which the window begins at `oldest`; slots lo .. hi are this split's
+    """(earlier tokens, first position seen, first slot and end of this split, splits that have tokens, or 1)."""
     n = tl.minimum(tl.maximum(read_position(start, b, START_STRIDE), 0), 2147483646)
     oldest = tl.maximum(n - window + 1, 0).to(tl.int32)
     if RING:
@@ -399,120 +376,101 @@ def _step_attention_kernel(
         end, begin = tl.minimum(n, width), oldest
     count = tl.maximum(end - begin, 0)
     step = tl.maximum(tl.cdiv(tl.cdiv(count, splits), BLOCK_T) * BLOCK_T, min_split)
-    live_splits = tl.maximum(tl.cdiv(count, step), 1)
-    # each thread keeps to the rule of `_pdl`: it waits, or ends having touched nothing
-    if split >= live_splits:
-        if PDL:
-            wait()
-        return
     lo = begin + split * step
-    hi = tl.minimum(lo + step, end)
+    return n, oldest, lo, tl.minimum(lo + step, end), tl.maximum(tl.cdiv(count, step), 1)
 
-    k_ptr += b * k_b + h * REPEAT * k_h
-    v_ptr += b * v_b + h * REPEAT * v_h
-    if mask_ptr is not None:
-        mask_ptr += b * mask_b
-    if places_ptr is not None:
-        places_ptr += b * places_b
-    if at_ptr is not None:
-        at = tl.load(at_ptr + b * AT_STRIDE)
-        cos_ptr += at * cos_t
-        sin_ptr += at * sin_t
-    if ROTARY > 0:
-        cos_ptr += b * cos_b
-        sin_ptr += b * sin_b
-    g, d, r = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+
+@triton.jit
+def _slopes(slopes_ptr, h, group, g, GROUP: tl.constexpr):
+    """The slopes of a KV head's query heads, [heads, 1]; of one, a scalar; 0 where there are none."""
     slope = 0.0
-    if ALIBI:
+    if slopes_ptr is not None:
         if GROUP:
             slope = tl.load(slopes_ptr + h * group + g, mask=g < group, other=0.0)[:, None]
         else:
             slope = tl.load(slopes_ptr + h)
-    k, v, at, live = _tile(
-        k_ptr, v_ptr, mask_ptr, lo + r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING
-    )
-    if PDL:
-        wait()
+    return slope
 
-    row_ptr = qkv_ptr + b * qkv_b
-    k_new_ptr = row_ptr + (kv_heads * group + h) * HEAD_DIM
-    v_new_ptr = k_new_ptr + kv_heads * HEAD_DIM
+
+@triton.jit
+def _queries(
+    ptr, r, g, group, w_ptr, b_ptr, cos_ptr, sin_ptr, eps, offset, DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """The queries of a KV head, rounded to the dtype: [BLOCK_G, BLOCK_D], or one, in fp32, for every row of K.
+
+    A single row of it would settle the layout of the whole loop, at one column a thread (Triton 3.6 for sm_90), and
+    make every score a sum over four warps.
+    """
     if GROUP:
         q = _heads(
-            row_ptr + h * group * HEAD_DIM, g * HEAD_DIM, g < group, q_w_ptr, q_b_ptr, cos_ptr, sin_ptr, eps, offset,
+            ptr, g * HEAD_DIM, g < group, w_ptr, b_ptr, cos_ptr, sin_ptr, eps, offset,
             HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D,
-        ).to(k.dtype)  # fmt: skip
-        m, z = tl.full([BLOCK_G], float("-inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        fresh = tl.arange(0, 1)
+        ).to(DTYPE)  # fmt: skip
     else:
-        # q once for every row of K: a single row of it would settle the layout of the whole loop, at one column a
-        # thread (Triton 3.6 for sm_90), and make every score a sum over four warps
         q = _heads(
-            row_ptr + h * HEAD_DIM, r * 0, r < BLOCK_T, q_w_ptr, q_b_ptr, cos_ptr, sin_ptr, eps, offset,
-            HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D,
-        ).to(k.dtype).to(tl.float32)  # fmt: skip
-        m, z = tl.full([BLOCK_T], float("-inf"), tl.float32), tl.zeros([BLOCK_T], tl.float32)
-        acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        fresh = r
-    if split == 0:
-        # the new token: the first row alone
-        one = fresh == 0
-        inside = one[:, None] & (d < HEAD_DIM)[None, :]
-        k_new = _heads(
-            k_new_ptr, fresh * 0, one, k_w_ptr, k_b_ptr, cos_ptr, sin_ptr, eps, offset,
-            HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D,
-        ).to(k.dtype)  # fmt: skip
-        v_new = tl.load(v_new_ptr + (fresh * 0)[:, None] + d[None, :], mask=inside, other=0.0)
-        place = read_position(start, b, START_STRIDE)
-        slot = place % capacity if RING else place
-        # int64 by name: a scalar takes the type of the block that it is added to
-        at_new = (fresh * 0).to(tl.int64) + slot
-        fits = inside & ((at_new >= 0) & (at_new < capacity))[:, None]
-        for copy in range(REPEAT):
-            tl.store(k_ptr + copy * k_h + (at_new * k_t)[:, None] + d[None, :], k_new, mask=fits)
-            tl.store(v_ptr + copy * v_h + (at_new * v_t)[:, None] + d[None, :], v_new, mask=fits)
+            ptr, r * 0, r >= 0, w_ptr, b_ptr, cos_ptr, sin_ptr, eps, offset, HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D
+        ).to(DTYPE).to(tl.float32)  # fmt: skip
+    return q
 
-        s = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
-        s = _capped(s, cap, CAPPED)
-        seen = (g >= 0) if GROUP else one
-        pos = (g * 0 if GROUP else r * 0).to(tl.int64) + place
-        if mask_ptr is not None:
-            seen = seen & (tl.load(mask_ptr + pos * mask_t, mask=seen & (pos < width), other=0) != 0)
-        if ALIBI:
-            if GROUP:
-                s += tl.sum(_bias(slope, places_ptr, pos[:, None], seen[:, None], alibi_scale, ROUND, DTYPE, SCALED), 1)
-            else:
-                s += _bias(slope, places_ptr, pos, seen, alibi_scale, ROUND, DTYPE, SCALED)
-        m = tl.where(seen, s, float("-inf"))
-        z = tl.where(seen, 1.0, 0.0)
-        acc += tl.where(seen[:, None], v_new.to(tl.float32), 0.0)
 
-    m, z, acc = _fold(
-        q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
-        CAPPED, ROUND, DTYPE, SCALED, ALIBI, GROUP,
-    )  # fmt: skip
-    for t0 in tl.range(lo + BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
-        k, v, at, live = _tile(
-            k_ptr, v_ptr, mask_ptr, t0 + r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING
-        )
-        m, z, acc = _fold(
-            q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
-            CAPPED, ROUND, DTYPE, SCALED, ALIBI, GROUP,
-        )  # fmt: skip
-    if not GROUP:
+@triton.jit
+def _write(
+    k_ptr, v_ptr, k_new, v_new, place, one, capacity, k_h, k_t, v_h, v_t,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RING: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """The new token to its slot of the cache; not where that is beyond it."""
+    d = tl.arange(0, BLOCK_D)
+    slot = place % capacity if RING else place
+    # int64 by name: a scalar takes the type of the block that it is added to
+    at = one.to(tl.int64) * 0 + slot
+    fits = (one & (at >= 0) & (at < capacity))[:, None] & (d < HEAD_DIM)[None, :]
+    for copy in range(REPEAT):
+        tl.store(k_ptr + copy * k_h + (at * k_t)[:, None] + d[None, :], k_new, mask=fits)
+        tl.store(v_ptr + copy * v_h + (at * v_t)[:, None] + d[None, :], v_new, mask=fits)
+
+
+@triton.jit
+def _begun(
+    q, k_new, v_new, place, row, mask_ptr, slope, places_ptr, width, scale, cap, alibi_scale, mask_t,
+    CAPPED: tl.constexpr, ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIBI: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """The softmax (m, z, acc) of the new token alone; of one head, in row 0."""
+    s = _capped(tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale, cap, CAPPED)
+    seen = row >= 0 if GROUP else row == 0
+    at = row.to(tl.int64) * 0 + place
+    if mask_ptr is not None:
+        seen = seen & (tl.load(mask_ptr + at * mask_t, mask=seen & (at < width), other=0) != 0)
+    if ALIBI:
+        if GROUP:
+            s += tl.sum(_bias(slope, places_ptr, at[:, None], seen[:, None], alibi_scale, ROUND, DTYPE, SCALED), 1)
+        else:
+            s += _bias(slope, places_ptr, at, seen, alibi_scale, ROUND, DTYPE, SCALED)
+    acc = tl.where(seen[:, None], v_new.to(tl.float32), 0.0) + tl.zeros_like(q).to(tl.float32)
+    return tl.where(seen, s, float("-inf")), tl.where(seen, 1.0, 0.0), acc
+
+
+@triton.jit
+def _leave(
+    m, z, acc, m_ptr, z_ptr, acc_ptr, ticket_ptr, out_ptr, row, group, split, splits, live_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The output of the group whose first head is `row`: from one split, or from all, by whoever ends last."""
+    if BLOCK_G == 1:
         top = tl.max(m, axis=0)
         share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
         acc = tl.sum(acc * share[:, None], axis=0)[None, :]
         m, z = top + tl.zeros([1], tl.float32), tl.sum(z * share, axis=0) + tl.zeros([1], tl.float32)
-
-    row = (b * kv_heads + h) * group
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     inside = (g < group)[:, None] & (d < HEAD_DIM)[None, :]
     if live_splits == 1:
         # nothing attended to: 0 / 1
         out = acc / tl.where(z == 0.0, 1.0, z)[:, None]
-        at_out = out_ptr + ((row + g) * HEAD_DIM)[:, None] + d[None, :]
-        tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=inside)
+        at = out_ptr + ((row + g) * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
     elif m_ptr is not None:
         part = (row + g) * splits + split
         tl.store(m_ptr + part, m, mask=g < group)
@@ -527,6 +485,113 @@ def _step_attention_kernel(
                 m_ptr, z_ptr, acc_ptr, out_ptr, row, group, live_splits, splits,
                 HEAD_DIM, BLOCK_D, HEADS, MOST, BLOCK_S,
             )  # fmt: skip
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        wait()
+
+
+@triton.jit
+def _row(ptr, b, stride):
+    """Where row b of an operand stands that may be left out."""
+    if ptr is not None:
+        ptr += b * stride
+    return ptr
+
+
+# what grows with every token is no reason to compile again
+@triton.jit(do_not_specialize=["start", "width", "splits", "min_split", "window", "mask_b", "places_b"])
+def _step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogue
+    qkv_ptr, k_ptr, v_ptr, out_ptr, m_ptr, z_ptr, acc_ptr, ticket_ptr, cos_ptr, sin_ptr, at_ptr,
+    q_w_ptr, k_w_ptr, q_b_ptr, k_b_ptr, mask_ptr, slopes_ptr, places_ptr,
+    start, width, capacity, splits, min_split, window, scale, cap, eps, offset, alibi_scale, kv_heads, group,
+    qkv_b, k_b, k_h, k_t, v_b, v_h, v_t, cos_b, cos_t, sin_b, sin_t, mask_b, mask_t, places_b,
+    START_STRIDE: tl.constexpr, AT_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, RING: tl.constexpr, REPEAT: tl.constexpr,
+    ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr,
+    BLOCK_S: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        launch_dependents()
+    GROUP: tl.constexpr = BLOCK_G > 1
+    ALIBI: tl.constexpr = slopes_ptr is not None
+    ROWS: tl.constexpr = BLOCK_G if BLOCK_G > 1 else BLOCK_T
+    # int64 before a stride multiplies: a cache of 128k tokens passes 2**31 elements at batch 32
+    b = (tl.program_id(0) // kv_heads).to(tl.int64)
+    h = (tl.program_id(0) % kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    scale, cap, alibi_scale = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32), tl.cast(alibi_scale, tl.float32)
+    eps, offset = tl.cast(eps, tl.float32), tl.cast(offset, tl.float32)
+
+    n, oldest, lo, hi, live_splits = _stretch(
+        start, b, split, splits, min_split, width, capacity, window, START_STRIDE, BLOCK_T, RING
+    )
+    # as every kernel that was launched so must, it waits, and ends then, having touched nothing
+    if split >= live_splits:
+        _wait(PDL)
+        return
+
+    k_ptr += b * k_b + h * REPEAT * k_h
+    v_ptr += b * v_b + h * REPEAT * v_h
+    mask_ptr, places_ptr = _row(mask_ptr, b, mask_b), _row(places_ptr, b, places_b)
+    if ROTARY > 0:
+        at = b * 0
+        if at_ptr is not None:
+            at = tl.load(at_ptr + b * AT_STRIDE)
+        cos_ptr += b * cos_b + at * cos_t
+        sin_ptr += b * sin_b + at * sin_t
+    g, d, r = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+    slope = _slopes(slopes_ptr, h, group, g, GROUP)
+    k, v, at, live = _tile(
+        k_ptr, v_ptr, mask_ptr, lo + r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING
+    )
+    _wait(PDL)
+
+    row_ptr = qkv_ptr + b * qkv_b
+    q = _queries(
+        row_ptr + h * group * HEAD_DIM, r, g, group, q_w_ptr, q_b_ptr, cos_ptr, sin_ptr, eps, offset, k.dtype,
+        HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D, GROUP,
+    )  # fmt: skip
+    m, z = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if split == 0:
+        fresh = tl.arange(0, 1) if GROUP else r
+        k_new_ptr = row_ptr + (kv_heads * group + h) * HEAD_DIM
+        k_new = _heads(
+            k_new_ptr, fresh * 0, fresh == 0, k_w_ptr, k_b_ptr, cos_ptr, sin_ptr, eps, offset,
+            HEAD_DIM, ROTARY, PAIRS, NORM, BLOCK_D,
+        ).to(k.dtype)  # fmt: skip
+        inside = (fresh == 0)[:, None] & (d < HEAD_DIM)[None, :]
+        at_v = k_new_ptr + kv_heads * HEAD_DIM + (fresh * 0)[:, None] + d[None, :]
+        v_new = tl.load(at_v, mask=inside, other=0.0)
+        place = read_position(start, b, START_STRIDE)
+        _write(
+            k_ptr, v_ptr, k_new, v_new, place, fresh == 0, capacity, k_h, k_t, v_h, v_t, HEAD_DIM, BLOCK_D, RING, REPEAT
+        )
+        m, z, acc = _begun(
+            q, k_new, v_new, place, g if GROUP else r, mask_ptr, slope, places_ptr, width, scale, cap, alibi_scale,
+            mask_t, CAPPED, ROUND, DTYPE, SCALED, ALIBI, GROUP,
+        )  # fmt: skip
+
+    m, z, acc = _fold(
+        q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
+        CAPPED, ROUND, DTYPE, SCALED, ALIBI, GROUP,
+    )  # fmt: skip
+    for t0 in tl.range(lo + BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
+        k, v, at, live = _tile(
+            k_ptr, v_ptr, mask_ptr, t0 + r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING
+        )
+        m, z, acc = _fold(
+            q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
+            CAPPED, ROUND, DTYPE, SCALED, ALIBI, GROUP,
+        )  # fmt: skip
+    _leave(
+        m, z, acc, m_ptr, z_ptr, acc_ptr, ticket_ptr, out_ptr, (b * kv_heads + h) * group, group, split, splits,
+        live_splits, HEAD_DIM, BLOCK_G, BLOCK_D, HEADS, MOST, BLOCK_S,
+    )  # fmt: skip
 
 
 def _check_shapes(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, kv_heads: int) -> None:
@@ -627,7 +692,7 @@ def _check_devices(
 def count_splits(programs: int, width: int, sms: int, *, min_split: int, programs_per_sm: int) -> int:
     """Into how many parts a context of up to width tokens is split, where there are so many programs without.
 
-    As many as keep the device at programs_per_sm programs for each multiprocessor or below, of min_split tokens or more.
+    As many as keep the device at programs_per_sm programs for each multiprocessor or below, of min_split tokens each.
     """
     return max(1, min(sms * programs_per_sm // max(programs, 1), -(-width // min_split), MAX_SPLITS))
 
@@ -667,8 +732,8 @@ def step_attention(
         softcap: c of c * tanh(scores / c), or None.
         alibi: position biases.
         window: how many positions a token sees, itself included; None for all before it.
-        ring: position p stands at slot p % capacity, and capacity >= window: the new token takes the place of one that it
-            does not see.
+        ring: position p stands at slot p % capacity, and capacity >= window: the new token takes the place of one that
+            it does not see.
         tickets: int32 [B * kv_heads] zeros, zeros again afterwards, used by no launch beside this one; None for new
             ones, which takes a launch.
         config: all settings of tuned/step_attention/default.json, in the place of the tuned ones.

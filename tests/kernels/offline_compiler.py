@@ -65,9 +65,11 @@ def matvecs(case, half):
 
 def steps(case, half):
     """The attention of a step: a head to a KV head, a group, and a group with everything that may be asked for."""
-    cache, table = torch.zeros(1, 2, 1024, 128, dtype=half), torch.zeros(1, 64, 128, dtype=half)
+    cache, table = torch.zeros(1, 2, 8192, 128, dtype=half), torch.zeros(1, 64, 128, dtype=half)
     rope = StepRope(table, table, False, torch.zeros(1, 1, dtype=torch.int64))
-    given = {"rope": rope, "tickets": torch.zeros(2, dtype=torch.int32)}
+    # more splits than are added up at a time
+    config = {"tile_bytes": 8192, "num_warps": 4, "stages": 3, "min_split": 128, "programs_per_sm": 16}
+    given = {"rope": rope, "tickets": torch.zeros(2, dtype=torch.int32), "config": config}
     for heads in (2, 8):
         case(f"a step, {heads} heads")
         qkv = torch.zeros(1, (heads + 4) * 128, dtype=half)
