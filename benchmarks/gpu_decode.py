@@ -194,14 +194,21 @@ def attention(heads: int, kv_heads: int, width: int, length: int, *, quick: bool
     # as many of its layers as make 640 MB, a multiple of the L2 cache
     count = max(2, -(-(640 << 20) // (4 * kv_heads * length * width)))
     caches = [torch.randn(2, 1, kv_heads, length, width, **options) for _ in range(count)]
-    q, filled = torch.randn(1, heads, 1, width, **options), torch.tensor(length, device=DEVICE)
-    keys, values = caches[0]
+    qkv = torch.randn(1, (heads + 2 * kv_heads) * width, **options)
+    start, tickets = torch.tensor(length - 1, device=DEVICE), torch.zeros(kv_heads, dtype=torch.int32, device=DEVICE)
+
+    def step(index: int) -> Tensor:
+        # the new position's key and value are written, then seen
+        return dsi_kernels.step_attention(qkv, *caches[index], start, heads, kv_heads, tickets=tickets)
+
+    found = step(0).view(1, heads, 1, width)
+    q, keys, values = qkv[:, : heads * width].view(1, heads, 1, width), *caches[0]
     stock = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=heads != kv_heads)
     exact = torch.nn.functional.scaled_dot_product_attention(
         q.float(), *(x.float().repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
     )
-    check = check_rms(name, exact, stock, dsi_kernels.decode_attention(q, keys, values, filled).view_as(stock))
-    times = graph_times(lambda index: dsi_kernels.decode_attention(q, *caches[index], filled), count, quick=quick)
+    check = check_rms(name, exact, stock, found)
+    times = graph_times(step, count, quick=quick)
     milliseconds = Sample.of(times)
     rate = caches[0].nbytes / milliseconds.median / 1e6
     share = rate / peak["GB/s copy"]
