@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 from transformers import DynamicCache
 
 from dsi.runtime.fast_loop import fast_sample
@@ -19,7 +20,8 @@ from dsi.runtime.graph_pool import GraphPool
 from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
 from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
 from dsi.runtime.route import choose_route
-from dsi.runtime.session import ATTRIBUTE, Session, session_of
+from dsi.runtime.session import ATTRIBUTE, Route, Session, session_of
+from dsi.runtime.step_forward import StepForward, step_forward
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,10 +52,43 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 session.graphs = GraphPool()
             if session.last_route.fast:
                 given["custom_generate"] = fast_sample
-            return stock(model, **given)
+                return stock(model, **given)
+            return _in_graphs(model, session, stock, given)
         finally:
             session.prompt, session.own_cache = outer, None
             session.running -= 1
+
+
+def _in_graphs(model: Any, session: Session, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """transformers' loop, its steps as graphs where they can be."""
+    steps, outer = step_forward(model, session, given), model.__dict__.get("forward")
+    if steps is None:
+        return stock(model, **given)
+    # past nn.Module.__setattr__, and with the signature that transformers looks at
+    stand_in = functools.wraps(steps.forward)(lambda *args, **kwargs: steps(*args, **kwargs))
+    # a decode step knows whose it is by this
+    stand_in.__module__ = __name__
+    model.__dict__["forward"] = stand_in
+    session.steps, before = steps, session.steps
+    try:
+        result = stock(model, **given)
+        steps.finish(result)
+        session.last_route = _told(session.last_route, steps)
+        return result
+    finally:
+        session.steps = before
+        if outer is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = outer
+
+
+def _told(route: Route | None, steps: StepForward) -> Route:
+    """The route with what became of its steps."""
+    assert route is not None
+    if steps.taken or not steps.reason:
+        return attrs.evolve(route, graph=steps.taken > 0)
+    return attrs.evolve(route, reason=f"{route.reason}; steps without a graph: {steps.reason}")
 
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -78,8 +113,9 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     made = model_kwargs.get("past_key_values")
     if brought is None and made is not None and type(made) is DynamicCache and not made.offloading:
         needed = min(total, prompt.length + RESERVE)
-        if session.graphs is not None and session.last_route is not None and session.last_route.fast:
-            rows = int(bound.arguments["batch_size"]) * (generation_config.num_return_sequences or 1)
+        if session.graphs is not None and (session.steps or (session.last_route and session.last_route.fast)):
+            times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            rows = int(bound.arguments["batch_size"]) * times
             session.own_cache = session.graphs.cache_in_place_of(made, rows, needed)
         else:
             session.own_cache = PreallocatedCache.of(made, needed)

@@ -95,6 +95,7 @@ class GraphRun:
         # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
         self.taken = self.before = self.told = self.place = 0
         self.chosen: list[Tensor] = []
+        self.first_length = 0
 
     def ready(self, tokens: Tensor) -> bool:
         """Whether there is a graph; it is set to the text, `tokens` int64 [B] to be fed first."""
@@ -108,6 +109,7 @@ class GraphRun:
             for layer in self.layers:
                 layer.clear_rest()
         length = self.cache.get_seq_length()
+        self.first_length = length - self.taken
         graph.begin(tokens, text.positions + self.taken, length, text.mask)
         graph.set_ends(text.end_ids, text.pad)
         if text.sampling is not None:
@@ -117,11 +119,22 @@ class GraphRun:
 
     def take(self, tokens: Tensor) -> Tensor:
         """Feed these tokens, int64 [B]: float32 logits [B, vocab]."""
+        return self.logits(tokens).float()
+
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Feed these tokens, int64 [B], at positions [1 or B, 1] or one further: a copy of the logits [B, vocab]."""
         graph = self._with_room(tokens)
         graph.tokens.copy_(tokens[:, None])
-        logits = graph.replay().to(torch.float32, copy=True)
+        if positions is not None:
+            graph.positions.copy_(positions.expand_as(graph.positions))
+        logits = graph.replay().clone()
         self.taken += 1
         return logits
+
+    @property
+    def length(self) -> int:
+        """Positions that the device counts as filled."""
+        return self.first_length + self.taken
 
     def chain(self, count: int) -> Iterator[Tensor]:
         """Take that many steps: after each the next tokens, int64 [B, 1], valid until the next step."""

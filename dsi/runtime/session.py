@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from dsi.runtime.graph_pool import GraphPool
     from dsi.runtime.kv_cache import PreallocatedCache
     from dsi.runtime.limits import Prompt
+    from dsi.runtime.step_forward import StepForward
 
 # where the session hangs: in the model's __dict__, past nn.Module.__setattr__
 ATTRIBUTE = "_dsi"
 # what a copy of the model does not take along
-_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache", "running")
+_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache", "running", "steps")
 
 
 class Timer(Protocol):
@@ -64,6 +65,7 @@ class Session:
         graphs: captured decode steps, on CUDA.
         running: `generate` calls under way, one inside the other.
         own_cache: made for the call that runs now; its caller never had it.
+        steps: what stands for the model's forward while transformers' loop runs.
     """
 
     runner: DecodeRunner | None = None
@@ -79,20 +81,18 @@ class Session:
     graphs: GraphPool | None = attrs.field(default=None, repr=False)
     running: int = 0
     own_cache: PreallocatedCache | None = attrs.field(default=None, repr=False)
+    steps: StepForward | None = attrs.field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("lock", "prompt", "graphs", "own_cache")
-        }
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_MODEL}
         if isinstance(self.config.injection_policy, Policy):
             # a policy holds functions and read-only mappings, which cannot be copied, and was for the injection alone
             state["config"] = attrs.evolve(self.config, injection_policy=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), prompt=None, graphs=None, own_cache=None, running=0)
+        fresh = {"prompt": None, "graphs": None, "own_cache": None, "steps": None, "running": 0}
+        self.__dict__.update(state, lock=threading.RLock(), **fresh)
 
 
 def session_of(model: Any) -> Session:

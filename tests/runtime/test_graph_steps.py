@@ -435,3 +435,64 @@ def test_no_memory_for_a_graph_is_told_and_tried_again(monkeypatch, graphs):
     assert "no memory for a decode graph: 2 GiB" in pair.ours._dsi.last_route.reason
     monkeypatch.setattr(step_graph.StepGraph, "_captured", captured)
     pair.check(given)
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=str,
+)
+def test_beams_step_in_graphs(arguments, pad, graphs):
+    pair = llama()
+    for turn in range(2):
+        drawn = []
+        for model in (pair.stock, pair.ours):
+            torch.manual_seed(turn)
+            drawn.append(model.generate(**inputs_for("llama", 2, 6, pad, seed=turn), **{**GREEDY, **arguments}))
+        assert torch.equal(*drawn)
+        assert pair.ours._dsi.last_route.graph
+        assert "forward" not in pair.ours.__dict__
+    # the second call was lent the first one's cache
+    assert len(graphs) == 1
+
+
+def test_beams_outgrow_their_cache(monkeypatch):
+    monkeypatch.setattr(sys.modules["dsi.runtime.generate"], "RESERVE", 4)
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 1)
+    pair = llama()
+    pair.check(inputs_for("llama", 2, 6, "left"), num_beams=3, max_new_tokens=30)
+
+
+def test_scores_of_beams_stay_what_they_are():
+    pair, found = llama(), []
+    for model in (pair.stock, pair.ours):
+        settings = {**GREEDY, "num_beams": 2, "return_dict_in_generate": True, "output_logits": True}
+        found.append(model.generate(**inputs_for("llama", 1, 6), **settings))
+    for one, other in zip(found[0].logits, found[1].logits, strict=True):
+        torch.testing.assert_close(one, other)
+    keys = found[1].past_key_values.layers[0].keys.clone()
+    pair.check(inputs_for("llama", 1, 7), num_beams=2)
+    assert torch.equal(found[1].past_key_values.layers[0].keys, keys)
+
+
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}], ids=str)
+def test_assisted_decoding(arguments):
+    pair = llama()
+    if arguments.pop("assistant", False):
+        helper = tiny("llama", seed=7, num_hidden_layers=1)
+        dsi.init_inference(helper)
+        helper._dsi.graphs = graph_pool.GraphPool()
+        arguments = {"assistant_model": helper}
+    given = inputs_for("llama", 1, 9)
+    for _ in range(2):
+        wanted = pair.stock.generate(**given, **GREEDY, **arguments)
+        assert torch.equal(pair.ours.generate(**given, **GREEDY, **arguments), wanted)
+
+
+def test_hidden_states_of_beams_are_the_models_own():
+    pair = llama()
+    settings = {"num_beams": 2, "return_dict_in_generate": True, "output_hidden_states": True}
+    found = pair.ours.generate(**inputs_for("llama", 1, 6), **GREEDY, **settings)
+    assert len(found.hidden_states) == 12
+    assert not pair.ours._dsi.last_route.graph
