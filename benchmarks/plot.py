@@ -58,7 +58,7 @@ def draw(results: list[dict[str, Any]], device: str, out: Path) -> None:
 
     panels = (
         ("LLaMA 7B shape, bfloat16, short texts", "rows", series(results, "llama-7b", "rows", prompt=32)),
-        ("Llama 3.2 1B shape, bfloat16, one row", "positions", series(results, "llama-1b", "prompt", new=64)),
+        ("Llama 3.2 1B shape, bfloat16, one row", "positions", series(results, "llama-1b", "context")),
     )
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, (title, label, lines) in zip(axes, panels, strict=True):
