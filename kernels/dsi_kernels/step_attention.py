@@ -494,11 +494,9 @@ def _wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def _row(ptr, b, stride):
-    """Where row b of an operand stands that may be left out."""
-    if ptr is not None:
-        ptr += b * stride
-    return ptr
+def _open(PDL: tl.constexpr):
+    if PDL:
+        launch_dependents()
 
 
 # what grows with every token is no reason to compile again
@@ -514,8 +512,7 @@ def _step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogu
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr,
     BLOCK_S: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        launch_dependents()
+    _open(PDL)
     GROUP: tl.constexpr = BLOCK_G > 1
     ALIBI: tl.constexpr = slopes_ptr is not None
     ROWS: tl.constexpr = BLOCK_G if BLOCK_G > 1 else BLOCK_T
@@ -536,7 +533,10 @@ def _step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogu
 
     k_ptr += b * k_b + h * REPEAT * k_h
     v_ptr += b * v_b + h * REPEAT * v_h
-    mask_ptr, places_ptr = _row(mask_ptr, b, mask_b), _row(places_ptr, b, places_b)
+    if mask_ptr is not None:
+        mask_ptr += b * mask_b
+    if places_ptr is not None:
+        places_ptr += b * places_b
     if ROTARY > 0:
         at = b * 0
         if at_ptr is not None:
