@@ -7,6 +7,7 @@ from dsi_kernels._triton import INSTALLED, INTERPRETED
 from dsi_kernels.activations import KINDS, activate_reference
 from dsi_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dsi_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from dsi_kernels.ahead import compile_ahead
 from dsi_kernels.attention import attention, attention_reference
 from dsi_kernels.bias_activation import bias_activation, bias_activation_reference
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
@@ -20,6 +21,7 @@ from dsi_kernels.matvec import matvec, matvec_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
+from dsi_kernels.skinny import skinny, skinny_reference
 from dsi_kernels.step_attention import step_attention, step_attention_reference
 from dsi_kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
@@ -36,6 +38,7 @@ __all__ = [
     "attention_reference",
     "bias_activation",
     "bias_activation_reference",
+    "compile_ahead",
     "decode_attention",
     "decode_attention_reference",
     "gated_activation",
@@ -59,6 +62,8 @@ __all__ = [
     "sample_token",
     "sample_token_reference",
     "sampling_settings",
+    "skinny",
+    "skinny_reference",
     "step_attention",
     "step_attention_reference",
     "varlen_attention",

@@ -226,7 +226,8 @@ def skinny(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k, splits, stages and num_warps in the place of the tuned ones.
+        config: block_n, block_k, splits, stages, num_warps and dependent (2: it begins while the kernel before ends,
+            where the switch is on) in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -264,15 +265,27 @@ def _launch(
     partial = None
     if parts > 1:
         partial = torch.empty((parts, 1 + gated, rows, N), dtype=torch.float32, device=x.device)
-    options = {"KIND": kind, "GATED": gated, **launch_options(x.device)}
+    options = {"KIND": kind, "GATED": gated}
+    # beginning early cost 1 to 2 of 28 to 47 us where K is one part (H200, 12288 and 22016 x 4096, 4 to 16 rows)
+    own = launch_options(x.device) if config["dependent"] == 2 else {"PDL": False}
     with torch.cuda.device_of(x):
         _skinny_kernel[(triton.cdiv(N, config["block_n"]), parts)](
             x, weight, bias, residual, out, partial, rows, N, K, steps, SPLIT=parts > 1,
             BLOCK_B=16 if rows <= 16 else 32, BLOCK_N=config["block_n"], BLOCK_K=config["block_k"],
-            STAGES=config["stages"], num_warps=config["num_warps"], **options,
+            STAGES=config["stages"], num_warps=config["num_warps"], **options, **own,
         )  # fmt: skip
         if parts > 1:
             _sum_parts_kernel[(triton.cdiv(N, BLOCK_SUM), rows)](
-                partial, bias, residual, out, rows, N, parts, BLOCK_N=BLOCK_SUM, num_warps=2, **options
+                partial,
+                bias,
+                residual,
+                out,
+                rows,
+                N,
+                parts,
+                BLOCK_N=BLOCK_SUM,
+                num_warps=2,
+                **options,
+                **launch_options(x.device),
             )
     return out

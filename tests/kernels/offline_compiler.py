@@ -101,6 +101,17 @@ def forwards(case, half):
     dk.varlen_attention(q, k, v, torch.zeros(3, dtype=torch.int32), 64, causal=True, config=blocks)
 
 
+def few_rows(case, half):
+    """A matrix times 3 rows and 32, whole and in parts, plain and gated."""
+    case("skinny")
+    matrix = torch.zeros(256, 2048, dtype=half)
+    for rows, splits in ((3, 1), (32, 4)):
+        config = {"block_n": 64, "block_k": 128, "splits": splits, "stages": 3, "num_warps": 4, "dependent": 2}
+        x = torch.zeros(rows, 2048, dtype=half)
+        dk.skinny(x, matrix, residual=x[:, :256].contiguous(), config=config)
+        dk.skinny(x, matrix, kind="silu", gated=True, config=config)
+
+
 def launch_all(case):  # noqa: PLR0915 - one call after the other
     """Every kernel once or twice: one that reads all its operands, one that leaves out what may be left out."""
     half = torch.bfloat16
@@ -118,6 +129,7 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     dk.bias_activation(x, None, "gelu_tanh")
     dk.bias_activation(x.half(), w.half(), "relu")
     matvecs(case, half)
+    few_rows(case, half)
     forwards(case, half)
     steps(case, half)
     case("greedy token")

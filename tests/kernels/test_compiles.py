@@ -51,9 +51,11 @@ def test_every_kernel_compiles(compiled):
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
         "_scores_kernel",
+        "_skinny_kernel",
         "_step_attention_kernel",
         "_sum_kernel",
         "_sum_norm_kernel",
+        "_sum_parts_kernel",
     }
 
 
@@ -99,3 +101,9 @@ def test_a_forwards_products_and_attention_read_ahead_for_the_tensor_cores(compi
     found = [facts for facts in compiled if facts["kernel"] in ("_linear_kernel", "_attention_kernel")]
     assert len(found) == 7
     assert all(facts["tensor_core"] and facts["async_copies"] and not facts["tf32"] for facts in found)
+
+
+def test_a_few_rows_are_read_ahead_and_go_through_the_tensor_cores(compiled):
+    few = [facts for facts in compiled if facts["kernel"] == "_skinny_kernel"]
+    assert len(few) == 4
+    assert all(facts["async_copies"] and facts["tensor_core"] for facts in few)

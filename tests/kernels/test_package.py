@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 17
+    assert len(OPS) == 18
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -36,14 +36,17 @@ def test_imports_torch_and_triton_alone(path):
     allowed = {
         "__future__",
         "collections",
+        "concurrent",
         "contextlib",
         "contextvars",
         "dsi_kernels",
         "functools",
         "json",
         "math",
+        "os",
         "pathlib",
         "re",
+        "threading",
         "torch",
         "types",
         "typing",
@@ -69,7 +72,8 @@ qkv, q = torch.randn(1, 1, 24), torch.randn(1, 1, 1, 8)
 calls = {
     "rms_norm": (x, w), "layer_norm": (x, w, w), "add_rms_norm": (x, x, w), "add_layer_norm": (x, x, w, w),
     "gated_activation": (x, "silu"), "bias_activation": (x, w, "gelu"),
-    "matvec": (x[:1], x), "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
+    "matvec": (x[:1], x), "skinny": (x.half(), x.half()),
+    "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
     "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
     "step_attention": (qkv[0], cache, cache.clone(), 1, 1, 1),
     "input_flags": (None, None, None, ids[0].clone(), ids[0].clone(), 9),

@@ -7,7 +7,7 @@ from dsi_kernels import KINDS
 from dsi_kernels.skinny import skinny, skinny_config, skinny_reference
 from tests.kernels.tolerance import HALVES, assert_close
 
-SMALL = {"block_n": 16, "block_k": 32, "splits": 1, "stages": 1, "num_warps": 1}
+SMALL = {"block_n": 16, "block_k": 32, "splits": 1, "stages": 1, "num_warps": 1, "dependent": 2}
 
 
 def operands(device, dtype=torch.bfloat16, *, rows=3, N=20, K=80, gated=False):

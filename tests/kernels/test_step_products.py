@@ -16,7 +16,7 @@ from dsi.containers.triton_step import TritonStepOps
 from dsi_kernels import _pdl
 from tests.kernels.tolerance import assert_close
 
-OURS = {"block_n": 16, "block_k": 32, "splits": 2, "stages": 1, "num_warps": 1, "library": 1}
+OURS = {"block_n": 16, "block_k": 32, "splits": 2, "stages": 1, "num_warps": 1, "dependent": 2, "library": 1}
 
 
 @pytest.fixture
