@@ -265,9 +265,12 @@ class AtenOps:
     ) -> Tensor:
         """`append` and `decode`: the attention of one new position a row, [B, heads * head_dim].
 
-        The cache layer knows the window itself: `window` is for a kernel that reads whole buffers.
+        The cache layer knows the window itself, but for a graph's, which shows whole buffers.
         """
         q, k, v = self.append(qkv, shape, rope, kv, norms, repeat)
+        if window is not None and kv.filled is not None:
+            recent = (torch.arange(k.shape[2], device=k.device) >= kv.filled - window).view(1, 1, 1, -1)
+            mask = recent if mask is None else mask & recent
         return self.decode(q, k, v, mask, scale, softcap, kv.filled)
 
     def attend(

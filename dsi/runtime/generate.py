@@ -116,7 +116,8 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
         if session.graphs is not None and (session.steps or (session.last_route and session.last_route.fast)):
             times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             rows = int(bound.arguments["batch_size"]) * times
-            session.own_cache = session.graphs.cache_in_place_of(made, rows, needed)
+            returned = bool(generation_config.return_dict_in_generate)
+            session.own_cache = session.graphs.cache_in_place_of(made, rows, needed, returned=returned)
         else:
             session.own_cache = PreallocatedCache.of(made, needed)
         model_kwargs["past_key_values"] = session.own_cache

@@ -31,6 +31,8 @@ SPARE, SPARE_BYTES = 20, 1 << 28
 GRAPHS = 8
 # positions that caches for graphs are rounded up to, so that a longer text does not ask for a graph of its own at once
 ROUNDED_TO = 256
+# layers with a window keep all positions, which a graph needs, of texts up to so many windows, or positions
+WHOLE_WINDOWS, WHOLE_BELOW = 2, 8192
 
 
 class GraphPool:
@@ -46,12 +48,21 @@ class GraphPool:
         # why no graph may be tried any more, and why the latest was not to be had
         self.failure = self.reason = ""
 
-    def cache_in_place_of(self, made: DynamicCache, rows: int, positions: int) -> PreallocatedCache:
-        """One with room for so many positions of so many rows, for transformers' own that was just made."""
+    def cache_in_place_of(self, made: DynamicCache, rows: int, positions: int, *, returned: bool) -> PreallocatedCache:
+        """One with room for so many positions of so many rows, for transformers' own that was just made.
+
+        Args:
+            made: fresh.
+            rows, positions: what will come.
+            returned: the caller gets it, and expects of layers with a window what transformers keeps of them.
+        """
+        windows = [layer.sliding_window for layer in made.layers if hasattr(layer, "sliding_window")]
+        if windows and (returned or positions > max(WHOLE_WINDOWS * min(windows), WHOLE_BELOW)):
+            return PreallocatedCache.of(made, positions)
         positions = rounded(positions)
         # one that a captured step writes to already
         lent = self.lend(rows, positions)
-        return PreallocatedCache.of(made, positions) if lent is None else lent
+        return PreallocatedCache.of(made, positions, whole=True) if lent is None else lent
 
     def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
         """An empty cache that a graph may write to already, with room for so many positions; None where there is none.

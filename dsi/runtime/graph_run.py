@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dsi.errors import CacheMemoryError
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.graph_pool import GraphPool
-from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer, WindowedLayer
 from dsi.runtime.sampling import Sampling, noise_place, set_noise_place
 from dsi.runtime.step_graph import GraphKey, StepGraph
 
@@ -41,7 +41,7 @@ def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) 
         return f"{new} new tokens are too few"
     if cache.layers[0].keys.shape[0] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
-    if not all(type(layer) is PreallocatedLayer for layer in cache.layers):
+    if not all(type(layer) in (PreallocatedLayer, WindowedLayer) for layer in cache.layers):
         return "a layer keeps another kind of cache"
     return "the scores are biased by position" if biased else runner.graph_obstacle()
 

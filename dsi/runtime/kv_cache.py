@@ -249,6 +249,39 @@ class PreallocatedLayer(DynamicLayer):
             self._forget()
 
 
+class WindowedLayer(PreallocatedLayer):
+    """All positions of a layer with a sliding window: what a graph, which holds addresses, can write to.
+
+    Args:
+        sliding_window: positions that a new one sees, itself included.
+        capacity: of `PreallocatedLayer`.
+    """
+
+    def __init__(self, sliding_window: int, capacity: int = FIRST_CAPACITY) -> None:
+        super().__init__(capacity)
+        self.sliding_window = sliding_window
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new position; what it sees."""
+        super().append(keys, values)
+        return self.visible()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values: the masks that transformers makes know the window."""
+        return super().append(key_states, value_states)
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """The window's positions, the new one last."""
+        length = min(self._length, self.sliding_window)
+        at = (2, self._length - length, length)
+        return self.keys.narrow(*at), self.values.narrow(*at)
+
+    def seen(self, mask: Tensor) -> Tensor:
+        """Of a mask [B, 1, 1, T], the next position last, the window."""
+        length = min(mask.shape[3], self.sliding_window)
+        return mask.narrow(3, mask.shape[3] - length, length)
+
+
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Both have the same rows, heads and head size, dtype and device."""
     same_rows = one.shape[:2] == other.shape[:2] and one.shape[3] == other.shape[3]
@@ -277,10 +310,19 @@ class PreallocatedCache(DynamicCache):
         preallocate_(self, capacity)
 
     @classmethod
-    def of(cls, cache: DynamicCache, capacity: int) -> PreallocatedCache:
-        """A cache in the place of `cache`, which is given up: other kinds of layers are shared."""
+    def of(cls, cache: DynamicCache, capacity: int, *, whole: bool = False) -> PreallocatedCache:
+        """A cache in the place of `cache`, which is given up: other kinds of layers are shared.
+
+        Args:
+            cache: fresh, where `whole`.
+            capacity: positions to set aside in each layer.
+            whole: layers with a window keep all positions.
+        """
         new = cls()
         new.layers, new.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
+        for index, layer in enumerate(cache.layers):
+            if whole and type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
+                new.layers[index] = WindowedLayer(layer.sliding_window, capacity)
         preallocate_(new, capacity)
         return new
 

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer, WindowedLayer
 from dsi.runtime.session import Route, Session
 from dsi.runtime.sliding_window import PreallocatedSlidingLayer, windows_of
 
@@ -71,7 +71,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 # layers of a cache that dsi's loop writes to, or exchanges for such
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, PreallocatedSlidingLayer)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, PreallocatedSlidingLayer, WindowedLayer)
 
 # steps of the loop that dsi's own does without asking the class
 _LOOP_METHODS = (

@@ -18,7 +18,9 @@ from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.graph_pool import GraphPool
 from dsi.runtime.graph_run import WORTH_IT, GraphRun, Text, graph_obstacle
 from dsi.runtime.kv_cache import PreallocatedCache
+from dsi.runtime.route import window_reason
 from dsi.runtime.session import Session
+from dsi.runtime.sliding_window import windows
 
 # arguments of a call that a step stands for
 _READ = ("input_ids", "past_key_values", "attention_mask", "position_ids")
@@ -103,7 +105,9 @@ class StepForward:
             # each cache would ask for a graph of its own
             self.reason = "the loop keeps several caches"
             return False
-        self.reason = graph_obstacle(self.runner, call.cache, WORTH_IT, biased=self.runner.parts.alibi is not None)
+        self.reason = graph_obstacle(
+            self.runner, call.cache, WORTH_IT, biased=self.runner.parts.alibi is not None
+        ) or window_reason(self.runner.windows, windows(call.cache))
         if self.reason:
             return False
         length = call.cache.get_seq_length()

@@ -365,18 +365,46 @@ def test_inference_mode_or_not():
     pair.check(inputs_for("llama", 2, 7, "left"))
 
 
-def test_sliding_windows_decode_without_a_graph_call_after_call():
+def windowed() -> Pair:
     config = MistralConfig(
         vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, sliding_window=8,
     )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
-    stock = copy.deepcopy(model)
-    dsi.init_inference(model)
-    model._dsi.graphs = graph_pool.GraphPool()
-    for _ in range(2):
-        ids = torch.randint(4, 60, (1, 7))
-        assert torch.equal(model.generate(ids, **GREEDY), stock.generate(ids, **GREEDY))
+    torch.manual_seed(0)
+    return Pair(MistralForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"no_repeat_ngram_size": 3}], ids=str)
+def test_sliding_windows(arguments, pad):
+    """Prompts within the window, of its length, and beyond."""
+    pair = windowed()
+    for turn, length in enumerate((4, 8, 13)):
+        given = {name: x.clamp(max=66) for name, x in inputs_for("llama", 2, length, pad, seed=turn).items()}
+        pair.check(given, **arguments)
+
+
+def test_a_window_much_shorter_than_the_text_keeps_its_own_cache(monkeypatch):
+    monkeypatch.setattr(graph_pool, "WHOLE_BELOW", 16)
+    pair, given = windowed(), inputs_for("llama", 1, 7)
+    pair.check(given, max_new_tokens=9)
+    for settings in ({"max_new_tokens": 20}, {"max_new_tokens": 9, "return_dict_in_generate": True}):
+        wanted, found = (model.generate(**given, do_sample=False, **settings) for model in (pair.stock, pair.ours))
+        assert pair.ours._dsi.last_route.reason == "steps without a graph: a layer keeps another kind of cache"
+        if torch.is_tensor(wanted):
+            assert torch.equal(wanted, found)
+        else:
+            shapes = [one.past_key_values.layers[0].keys.shape for one in (wanted, found)]
+            assert shapes[0] == shapes[1]
+
+
+def test_windows_without_a_graph_read_the_window_alone(monkeypatch):
+    pair = windowed()
+    monkeypatch.setattr(decode.DecodeRunner, "graph_obstacle", lambda self: "not today")
+    for turn, pad in enumerate((None, "left")):
+        given = inputs_for("llama", 2, 13, pad, seed=turn)
+        assert torch.equal(pair.ours.generate(**given, **GREEDY), pair.stock.generate(**given, **GREEDY))
+        assert pair.ours._dsi.last_route.reason == "steps without a graph: not today"
 
 
 def test_a_capture_that_fails_is_told_and_the_text_goes_on(monkeypatch):
