@@ -228,6 +228,15 @@ class AtenOps:
         q, k, v = qk[:, :, : shape.heads], qk[:, :, shape.heads :], split[:, :, turning:]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
+    def split_into(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `split`, with k and v written to the preallocated cache layer at once; of them all that it holds.
+
+        None, and nothing written, where that takes the way over `split` and the cache's `update`.
+        """
+        return None
+
     def append(
         self, qkv: Tensor, shape: Heads, rope: Rope | None, kv: Any, norms: HeadNorms = None, repeat: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dsi.containers.activations import KIND_OF_NAME
@@ -39,6 +40,8 @@ _SLOTS = MappingProxyType(
         "norm_mlp_out": False,
     }
 )
+# tokens that go through an MLP at once: 4,096 fill the device, and at 7B's size hold 270 MB between the products
+CHUNK = 4096
 # the slots that make an MLP
 _MLPS = ({"up", "down"}, {"gate_up", "down"}, {"mlp"})
 
@@ -132,13 +135,32 @@ class TransformerLayer(Container):
         places: dict[str, Any] = self._modules
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
-        q, k, v = ops.split(ops.project(places["qkv"], normed), self.shape, call.rope, self.head_norms)
+        q, k, v = self._heads(ops.project(places["qkv"], normed), call)
+        attended = ops.attend(q, k, v, self._mask(call), call.causal, self.scale, self.softcap)
+        return self._after(attended, hidden, normed)
+
+    def _heads(self, qkv: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, and all keys and values that there are, in the cache too where one is given."""
+        ops, norms = self.ops, self.head_norms
+        if self.repeat == 1 and (kv := self._open_layer(call.cache)) is not None:
+            found = ops.split_into(qkv, self.shape, call.rope, norms, kv)
+            if found is not None:
+                return found
+        q, k, v = ops.split(qkv, self.shape, call.rope, norms)
         if self.repeat > 1:
             k, v = repeat_heads(k, self.repeat), repeat_heads(v, self.repeat)
         if call.cache is not None:
             k, v = call.cache.update(k, v, self.facts["layer_idx"])
-        attended = ops.attend(q, k, v, self._mask(call), call.causal, self.scale, self.softcap)
-        return self._after(attended, hidden, normed)
+        return q, k, v
+
+    def _open_layer(self, cache: Any) -> Any:
+        """The cache's layer of this layer where whoever computes keys and values may write them to it, else None."""
+        layers, index = getattr(cache, "layers", ()), self.facts.get("layer_idx", 0)
+        if index >= len(layers) or getattr(cache, "offloading", False):
+            return None
+        layer = layers[index]
+        # one with a window keeps the end alone of what is written
+        return layer if hasattr(layer, "reserve") and not getattr(layer, "is_sliding", False) else None
 
     def _mask(self, call: LayerCall) -> Tensor | None:
         if call.bias is None:
@@ -182,7 +204,14 @@ class TransformerLayer(Container):
         if self.kept_mlp:
             return self._mlp(x) + residual
         down: Any = self._modules["down"]
-        return self.ops.project_add(down, self._expand(x), residual)
+        if x.numel() <= CHUNK * x.shape[-1]:
+            return self.ops.project_add(down, self._expand(x), residual)
+        # row by row the same, so that what the MLP holds between its products does not grow with the text
+        rows, out = residual.reshape(-1, residual.shape[-1]), torch.empty_like(residual).view(-1, residual.shape[-1])
+        parts = zip(x.reshape(-1, x.shape[-1]).split(CHUNK), rows.split(CHUNK), out.split(CHUNK), strict=True)
+        for part, added, into in parts:
+            into.copy_(self.ops.project_add(down, self._expand(part[None]), added[None])[0])
+        return out.view(residual.shape)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.kept_mlp:

@@ -100,6 +100,19 @@ class TritonOps(TritonStepOps):
         q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
         return q, k, v
 
+    def split_into(
+        self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if norms is not None or (rope is not None and rope.pairs) or torch_wins(qkv):
+            return None
+        import dsi_kernels
+
+        batch, length, _ = qkv.shape
+        start, k, v = kv.reserve(batch, shape, length, qkv)
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        q = dsi_kernels.rope_kv_write(qkv, cos, sin, k, v, start, *shape)
+        return q, *kv.visible()
+
     def attend(
         self,
         q: Tensor,
@@ -133,6 +146,7 @@ class TritonLayerOps(TritonOps):
     name = "triton, attention aten"
 
     split = AtenOps.split
+    split_into = AtenOps.split_into
     append = AtenOps.append
     decode = AtenOps.decode
 
@@ -151,8 +165,8 @@ def _fused(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:
 
 
 def _whole(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether the attention is that of whole texts, on the device, in a form that a choice was measured for."""
-    if not q.is_cuda or q.dtype.itemsize != 2 or q.shape[2] == 1 or (causal and q.shape[2] != k.shape[2]):
+    """Whether the attention is that of whole texts, in a form that a choice was measured for."""
+    if q.shape[2] == 1 or (causal and q.shape[2] != k.shape[2]):
         return False
     return mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)
 

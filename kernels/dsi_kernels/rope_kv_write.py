@@ -104,7 +104,7 @@ def _rope_kv_write_kernel(
         x = tl.where((slot < heads + kv_heads)[:, None], y, x)
 
     is_q = inside & (slot < heads)[:, None]
-    tl.store(q_ptr + (((b * heads + slot) * S + s) * HEAD_DIM)[:, None] + d[None, :], x, mask=is_q)
+    tl.store(q_ptr + (((b * S + s) * heads + slot) * HEAD_DIM)[:, None] + d[None, :], x, mask=is_q)
     # one a slot: the interpreter mistypes what a comparison of two scalars gives
     t = read_position(start, b, START_STRIDE) + s + tl.zeros([BLOCK_H], tl.int64)
     fits = (t >= 0) & (t < capacity)
@@ -181,7 +181,8 @@ def rope_kv_write(
         heads, kv_heads, head_dim: how a row of qkv divides.
 
     Returns:
-        [B, heads, S, head_dim], contiguous, in qkv's dtype. qkv is not modified.
+        [B, heads, S, head_dim], in memory [B, S, heads, head_dim], in qkv's dtype: attention gives its result in the
+        order of its queries, and the layer after it wants the tokens' rows. qkv is not modified.
 
     Raises:
         ValueError: shapes, dtypes, layout, devices or an int start do not fit; the message names the offender.
@@ -196,7 +197,7 @@ def rope_kv_write(
     if isinstance(start, int) and not 0 <= start <= capacity - S:
         raise ValueError(f"rope_kv_write: {S} tokens from start={start} on do not fit a cache of capacity {capacity}")
 
-    q = torch.empty((B, heads, S, head_dim), dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty((B, S, heads, head_dim), dtype=qkv.dtype, device=qkv.device).transpose(1, 2)
     if tokens := B * S:
         slots, block_d = heads + 2 * kv_heads, triton.next_power_of_2(head_dim)
         block_h = 1 if tokens < MANY_TOKENS else min(triton.next_power_of_2(slots), max(1, TILE // block_d))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.core.triton_probe import CASES, MIXED
+from tests.core.triton_probe import CASES, MIXED, TUNED
 from tests.core.twins import FP32
 
 ENCODER = {"add_layer_norm", "bias_activation"}
@@ -23,6 +23,12 @@ LAUNCHED = {
     "opt_post_norm": GPT - {"layer_norm"},
     "llama with biases": LLAMA,
     "llama of odd sizes": LLAMA,
+}
+# a prompt's norms and activations are in the products; a step, outside of a graph, has kernels of its own
+TUNED_LAUNCHES = {
+    "bert, tuned": {"linear_fused", "linear_norm", "attention"},
+    "opt_post_norm, tuned": {"linear_fused", "linear_norm", "attention", "rope_kv_write"},
+    "llama, tuned": {"linear_fused", "linear_norm", "attention", "rope_kv_write", "rms_norm"},
 }
 
 
@@ -42,10 +48,10 @@ def probed(root):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", [*CASES, *MIXED])
+@pytest.mark.parametrize("case", [*CASES, *MIXED, *TUNED])
 def test_the_triton_table_computes_what_stock_computes(probed, case):
     found = probed[case]
-    assert found["ops"] == ["triton" if case in CASES else "triton, attention aten"]
+    assert found["ops"] == ["triton, attention aten" if case in MIXED else "triton"]
     assert found["distance"] <= FP32
     assert found["stock_calls"] == 0
 
@@ -61,6 +67,12 @@ def test_the_triton_table_decodes_what_stock_decodes(probed, case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_really_ran(probed, case):
     assert set(probed[case]["launches"]) == LAUNCHED[case]
+
+
+@pytest.mark.parametrize("case", TUNED)
+def test_what_the_tables_choose_runs(probed, case):
+    assert TUNED_LAUNCHES[case] <= set(probed[case]["launches"])
+    assert probed[case].get("tokens", True)
 
 
 @pytest.mark.parametrize("case", MIXED)
