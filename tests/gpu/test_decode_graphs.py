@@ -115,18 +115,62 @@ def test_processors_and_records(arguments: dict[str, Any]) -> None:
     pair.check(pair.inputs(2, 6), **arguments)
 
 
-def test_a_seed_samples_the_same_tokens_with_and_without_graphs() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"top_k": 0},
+        {"top_k": 9},
+        {"top_k": 0, "top_p": 0.7, "temperature": 0.8},
+        {"top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"top_k": 9, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_a_seed_samples_what_stock_samples(arguments: dict[str, Any]) -> None:
+    """The same tokens, and after them the same random numbers, where a text is cut and where it ends."""
     pair = Pair("llama")
-    given, drawn = pair.inputs(2, 7), []
-    for graphs in (True, False, True):
-        pair.ours._dsi.graphs = None
-        torch.manual_seed(3)
-        if not graphs:
-            drawn.append(pair.stock.generate(**given, do_sample=True, top_k=9, max_new_tokens=12))
-        else:
-            drawn.append(pair.engine.generate(**given, do_sample=True, top_k=9, max_new_tokens=12))
-    assert torch.equal(drawn[0], drawn[2])
-    assert torch.equal(drawn[0], drawn[1])
+    given, stop = pair.inputs(2, 7, "left"), None
+    pair.stock.generation_config.pad_token_id = pair.ours.generation_config.pad_token_id = 0
+    for _ in range(2):
+        drawn = []
+        for model in (pair.stock, pair.ours, pair.ours):
+            torch.manual_seed(3)
+            ids = model.generate(**given, **arguments, do_sample=True, max_new_tokens=12, eos_token_id=stop)
+            drawn.append((ids, torch.rand(2, device=DEVICE)))
+        for ids, after in drawn[1:]:
+            assert torch.equal(ids, drawn[0][0])
+            assert torch.equal(after, drawn[0][1])
+        assert pair.ours._dsi.last_route.graph
+        stop = [int(drawn[0][0][0, 10]), int(drawn[0][0][1, 12])]
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str)
+def test_beams(arguments: dict[str, Any], pad: Any) -> None:
+    pair, drawn = Pair("llama"), []
+    for turn in range(2):
+        drawn = []
+        for model in (pair.stock, pair.ours):
+            torch.manual_seed(turn)
+            settings = {"do_sample": False, "max_new_tokens": 12, **arguments}
+            drawn.append(model.generate(**pair.inputs(2, 6, pad, seed=turn), **settings))
+        assert torch.equal(*drawn)
+        assert pair.ours._dsi.last_route.graph
+
+
+@pytest.mark.parametrize("length", [4, 13])
+def test_sliding_windows(length: int) -> None:
+    config = transformers.MistralConfig(
+        vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, sliding_window=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = transformers.MistralForCausalLM(config).eval().to(DEVICE)
+    ours = copy.deepcopy(stock)
+    dsi.init_inference(ours)
+    given = {"input_ids": torch.randint(4, 60, (2, length), device=DEVICE), "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(ours.generate(**given), stock.generate(**given))
+    assert ours._dsi.last_route.graph, ours._dsi.last_route.reason
 
 
 def test_a_text_outgrows_its_cache(monkeypatch: Any) -> None:
