@@ -7,6 +7,7 @@
     dsi new NAME          write a plugin package to be filled in
     dsi draft MODEL       propose a policy for a model that none knows
     dsi bisect MODEL      the first layer and place where a policy and stock part ways
+    dsi tune MODEL        measure the launch settings of its decode step on this device
 
 Each takes `--json`. Exit codes: 0 fine, 1 refused, 2 the command line is wrong, 3 the environment lacks something.
 torch and transformers are imported for a MODEL only, and never to print help or plugins.
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from dsi.cli import bisect, check, draft, explain, new, plan, plugins
+from dsi.cli import bisect, check, draft, explain, new, plan, plugins, tune
 from dsi.cli.command import Answer, Command
 from dsi.errors import AmbiguousPolicyError, ConfigError, DsiError, PluginError, UnknownPolicyError
 
@@ -32,6 +33,7 @@ COMMANDS: tuple[Command, ...] = (
     new.COMMAND,
     draft.COMMAND,
     bisect.COMMAND,
+    tune.COMMAND,
 )
 
 # the first class that fits decides

@@ -3,7 +3,9 @@
     tuned/<op>/default.json          {"*": {every setting}, "<shape>": {some settings}}
     tuned/<op>/<device name>.json    {"*": {some settings}, "<shape>": {some settings}}
 
-Later and more particular wins: default "*", default shape, device "*", device shape. A device is named as CUDA names
+Later and more particular wins: default "*", default shape, device "*", device shape, and after them the same two of the
+user's own file, which `dsi tune` writes: $XDG_CACHE_HOME/dsi/tuned/<op>/<device name>.json (~/.cache where that is not
+set). A device is named as CUDA names
 it, every run of other characters than letters and digits an underscore: NVIDIA_H200. A shape is named by its op. Files
 are read once a process. Nothing is tuned here.
 """
@@ -11,6 +13,7 @@ are read once a process. Nothing is tuned here.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -51,16 +54,28 @@ def read_settings(path: Path, known: frozenset[str] | None = None) -> dict[str, 
     return settings
 
 
+def user_folder() -> Path:
+    """Where this user's own settings are: $XDG_CACHE_HOME/dsi/tuned, of ~/.cache where that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsi" / "tuned"
+
+
+def device_slug(device_name: str) -> str:
+    """The device's name as its file has it."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", device_name)
+
+
 @cache
-def launch_config(op: str, shape: str, device_name: str, folder: Path = FOLDER) -> Mapping[str, int]:
-    """Every setting of an op for a shape on a device.
+def launch_config(
+    op: str, shape: str, device_name: str, folder: Path = FOLDER, user: Path | None = None
+) -> Mapping[str, int]:
+    """Every setting of an op for a shape on a device; `user`, where the user's own are, None for `user_folder()`.
 
     Raises:
         ValueError: a file has an unknown or unusable setting.
     """
     default = read_settings(folder / op / "default.json")
-    known = frozenset(default["*"])
-    slug = re.sub(r"[^A-Za-z0-9]+", "_", device_name)
-    device = read_settings(folder / op / f"{slug}.json", known)
-    layers = (default["*"], default.get(shape, {}), device.get("*", {}), device.get(shape, {}))
+    known, file = frozenset(default["*"]), Path(op) / f"{device_slug(device_name)}.json"
+    device, own = (read_settings(root / file, known) for root in (folder, user or user_folder()))
+    named = (device.get("*", {}), device.get(shape, {}), own.get("*", {}), own.get(shape, {}))
+    layers = (default["*"], default.get(shape, {}), *named)
     return MappingProxyType({key: value for layer in layers for key, value in layer.items()})

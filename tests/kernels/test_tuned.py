@@ -31,6 +31,19 @@ def test_the_more_particular_wins(folder):
     assert launch_config("op", "small", "another", path) == {"a": 1, "b": 20, "c": 30, "d": 40}
 
 
+def test_the_users_own_wins_and_is_held_to_the_same(folder, tmp_path, monkeypatch):
+    path = folder("op", default={"*": {"a": 1, "b": 2}}, a_device={"*": {"a": 10}, "small": {"b": 20}})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tuned.user_folder() == tmp_path / "cache" / "dsi" / "tuned"
+    (own := tuned.user_folder() / "op").mkdir(parents=True)
+    (own / "a_device.json").write_text('{"small": {"a": 7}}')
+    assert launch_config("op", "small", "a device", path) == {"a": 7, "b": 20}
+    assert launch_config("op", "large", "a device", path) == {"a": 10, "b": 2}
+    (own / "another.json").write_text('{"small": {"z": 7}}')
+    with pytest.raises(ValueError, match=r"another.json: 'small': unknown setting 'z'"):
+        launch_config("op", "small", "another", path)
+
+
 def test_a_device_is_named_by_letters_and_digits(folder):
     path = folder("op", default={"*": {"a": 1}}, NVIDIA_A100_SXM4_80GB={"*": {"a": 2}})
     assert launch_config("op", "any", "NVIDIA A100-SXM4-80GB", path) == {"a": 2}
