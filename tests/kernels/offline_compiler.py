@@ -45,6 +45,11 @@ def compile_only(report):
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
             wide_loads=len(re.findall(r"ld\.global\S*\.v4", ptx)),
+            dependent=kernel.metadata.launch_pdl,
+            waits=len(re.findall(r"griddepcontrol\.wait", ptx)),
+            stores_before_wait=bool(
+                re.search(r"\bst\.global|\bred\.|\batom\.", ptx.partition("griddepcontrol.wait")[0])
+            ),
             atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
         )
         return kernel
@@ -162,8 +167,17 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     dk.decode_attention(q.float(), cache.float(), cache.float(), torch.tensor([9, 9]), splits=1)
 
 
+def launch_dependently():
+    """Every launcher that can has its kernel begin while the one before ends, as on a device that knows how."""
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("dsi_kernels.") and hasattr(module, "launch_options"):
+            module.launch_options = lambda device: {"PDL": True, "launch_pdl": True}
+
+
 def main():
     current = []
+    if "--dependent" in sys.argv:
+        launch_dependently()
     compile_only(lambda **facts: sys.stdout.write(json.dumps({"case": current[-1], **facts}) + "\n"))
     launch_all(current.append)
 

@@ -16,13 +16,23 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """What the compiler made of each kernel for sm_90: a list of facts."""
+    return facts_of(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def dependent(tmp_path_factory):
+    """The same, of kernels that begin while those before them end."""
+    return facts_of(tmp_path_factory.mktemp("dependent"), "--dependent")
+
+
+def facts_of(cache, *options):
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline_compiler.py"))],
+        [sys.executable, str(Path(__file__).with_name("offline_compiler.py")), *options],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT / "kernels"),
             "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+            "TRITON_CACHE_DIR": str(cache),
         },
         capture_output=True,
         text=True,
@@ -107,3 +117,14 @@ def test_a_few_rows_are_read_ahead_and_go_through_the_tensor_cores(compiled):
     few = [facts for facts in compiled if facts["kernel"] == "_skinny_kernel"]
     assert len(few) == 4
     assert all(facts["async_copies"] and facts["tensor_core"] for facts in few)
+
+
+def test_what_begins_early_waits_before_it_writes(dependent):
+    early = [facts for facts in dependent if facts["dependent"]]
+    assert {facts["kernel"] for facts in early} >= {"_matvec_kernel", "_skinny_kernel", "_rms_norm_kernel"}
+    assert all(facts["waits"] for facts in early)
+    assert not any(facts["stores_before_wait"] for facts in early)
+
+
+def test_nothing_begins_early_unless_asked(compiled):
+    assert not any(facts["dependent"] or facts["waits"] for facts in compiled)
