@@ -339,7 +339,10 @@ class AtenOps:
         """
         if filled is not None:
             live = (torch.arange(k.shape[2], device=k.device) < filled)[None, None, None]
-            mask = live if mask is None else live & mask
+            if mask is not None and mask.dtype is not torch.bool:
+                mask = mask.masked_fill(~live, float("-inf"))
+            else:
+                mask = live if mask is None else live & mask
         return self.attend(q, k, v, mask, False, scale, softcap).view(q.shape[0], -1)
 
 

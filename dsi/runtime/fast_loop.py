@@ -196,13 +196,14 @@ class _Loop:
         assert runner is not None
         if pool is None:
             return None
-        reason = graph_obstacle(runner, self.cache, self.new, biased=self.biases is not None)
+        reason = graph_obstacle(runner, self.cache, self.new)
         if not reason:
             end_ids = sorted(ending.end_ids) if ending.plain else []
             text = Text(
                 positions=self.positions,
                 reach=self.reach,
                 mask=self.mask,
+                biases=None if self.biases is None else self.biases(self.length + self.new),
                 end_ids=end_ids,
                 pad=ending.pad_id,
                 sampling=sampling,

@@ -26,14 +26,13 @@ WORTH_IT = 4
 _SMALLER = "use fewer rows, or a smaller max_new_tokens"
 
 
-def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) -> str:
+def graph_obstacle(runner: DecodeRunner, cache: Any, new: int) -> str:
     """Why the steps of a text are not graphs, or "".
 
     Args:
         runner: of the model.
         cache: filled by the prompt.
         new: tokens to come.
-        biased: the scores of attention are biased by position.
     """
     from dsi_kernels.greedy_token import MAX_ROWS
 
@@ -43,7 +42,7 @@ def graph_obstacle(runner: DecodeRunner, cache: Any, new: int, *, biased: bool) 
         return f"more than {MAX_ROWS} rows"
     if not all(type(layer) in (PreallocatedLayer, WindowedLayer) for layer in cache.layers):
         return "a layer keeps another kind of cache"
-    return "the scores are biased by position" if biased else runner.graph_obstacle()
+    return runner.graph_obstacle()
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -54,6 +53,7 @@ class Text:
         positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
         reach: the steps to come stay below this position.
         mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
+        biases: additive [1 or B, heads, 1, T], in the place of the mask, which they know.
         end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
         sampling: how the graph chooses tokens, or None for the most likely.
         seen: int8 [B, vocabulary], tokens that came before, where the choice asks for them.
@@ -62,6 +62,7 @@ class Text:
     positions: Tensor | int
     reach: int
     mask: Tensor | None
+    biases: Tensor | None = None
     end_ids: list[int] = attrs.field(factory=list)
     pad: Tensor | None = None
     sampling: Sampling | None = None
@@ -90,6 +91,7 @@ class GraphRun:
             ends=len(text.end_ids),
             sampled=choice is not None and choice.sampled,
             penalized=0 if choice is None or choice.penalty is None else choice.vocabulary,
+            biased=0 if text.biases is None else text.biases.shape[1],
         )
         self.graph: StepGraph | None = None
         # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
@@ -110,7 +112,8 @@ class GraphRun:
                 layer.clear_rest()
         length = self.cache.get_seq_length()
         self.first_length = length - self.taken
-        graph.begin(tokens, text.positions + self.taken, length, text.mask)
+        mask = text.mask if text.biases is None else text.biases
+        graph.begin(tokens, text.positions + self.taken, length, mask)
         graph.set_ends(text.end_ids, text.pad)
         if text.sampling is not None:
             graph.set_sampling(text.sampling.settings, text.seen)

@@ -7,12 +7,13 @@ logits. Every other call is the model's own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.graph_pool import GraphPool
@@ -34,6 +35,15 @@ class _Call:
     cache: PreallocatedCache
     mask: Tensor | None
     positions: Tensor | None
+
+
+# transformers' base class asks for one
+@dataclass
+class StepOutput(ModelOutput):
+    """What a loop reads of a forward: logits [B, 1, vocab], and the cache."""
+
+    logits: Tensor | None = None
+    past_key_values: Any = None
 
 
 class StepForward:
@@ -62,7 +72,7 @@ class StepForward:
         if logits is None or call is None:
             return self.forward(*args, **kwargs)
         self.taken += 1
-        return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=call.cache)
+        return StepOutput(logits=logits.unsqueeze(1), past_key_values=call.cache)
 
     def _step(self, given: dict[str, Any]) -> _Call | None:
         """The call, where it is one new token a row and nothing else is asked for."""
@@ -105,9 +115,8 @@ class StepForward:
             # each cache would ask for a graph of its own
             self.reason = "the loop keeps several caches"
             return False
-        self.reason = graph_obstacle(
-            self.runner, call.cache, WORTH_IT, biased=self.runner.parts.alibi is not None
-        ) or window_reason(self.runner.windows, windows(call.cache))
+        kept = window_reason(self.runner.windows, windows(call.cache))
+        self.reason = graph_obstacle(self.runner, call.cache, WORTH_IT) or kept
         if self.reason:
             return False
         length = call.cache.get_seq_length()
@@ -148,4 +157,6 @@ def _obstacle(config: Any, runner: DecodeRunner, given: dict[str, Any]) -> str:
         return f"{config.num_hidden_layers} of {runner.layers} layers are asked for"
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return "the config asks for hidden states or attentions"
+    if runner.parts.alibi is not None:
+        return "the scores are biased by position"
     return runner.obstacle() or runner.graph_obstacle()

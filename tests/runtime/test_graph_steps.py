@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import dsi
 from dsi.runtime import decode, fast_loop, graph_pool, graph_run, step_graph
@@ -382,6 +391,36 @@ def test_sliding_windows(arguments, pad):
     for turn, length in enumerate((4, 8, 13)):
         given = {name: x.clamp(max=66) for name, x in inputs_for("llama", 2, length, pad, seed=turn).items()}
         pair.check(given, **arguments)
+
+
+BIASED = {
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=67, hidden_size=48, n_layer=2, n_head=6)),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(
+            vocab_size=67,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            alibi=True,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("family", BIASED)
+def test_position_biases(family, pad):
+    torch.manual_seed(0)
+    pair = Pair(BIASED[family]().eval())
+    # what transformers initialises says the same token all along
+    for model in (pair.stock, pair.ours):
+        embedding = model.get_input_embeddings().weight
+        embedding.data.copy_(torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)))
+    for turn, batch in enumerate((1, 3, 3)):
+        given = inputs_for("llama", batch, 5 + turn, pad, seed=turn)
+        pair.check({name: x for name, x in given.items() if name != "position_ids"})
 
 
 def test_a_window_much_shorter_than_the_text_keeps_its_own_cache(monkeypatch):
