@@ -153,8 +153,12 @@ def test_beams(arguments: dict[str, Any], pad: Any) -> None:
         for model in (pair.stock, pair.ours):
             torch.manual_seed(turn)
             settings = {"do_sample": False, "max_new_tokens": 12, **arguments}
+            settings |= {"return_dict_in_generate": True, "output_logits": True}
             drawn.append(model.generate(**pair.inputs(2, 6, pad, seed=turn), **settings))
-        assert torch.equal(*drawn)
+        assert torch.equal(*(one.sequences for one in drawn))
+        # those of one step are not the next one's
+        for one, other in zip(*(one.logits for one in drawn), strict=True):
+            torch.testing.assert_close(one, other)
         assert pair.ours._dsi.last_route.graph
 
 
