@@ -95,7 +95,12 @@ def _optimized(model: nn.Module) -> str | None:
 
 
 def _complain(made: Plan, settings: InferenceConfig) -> None:
-    """What should have been replaced and is not: an error where strict, a warning where it is everything."""
+    """What cannot be had, or was not: an error where it was asked for, a warning where it is everything."""
+    if settings.enable_cuda_graph is True and not made.device.startswith("cuda"):
+        raise UnsupportedModelError(
+            f"enable_cuda_graph=True, and the model is on {made.device}",
+            hint="move the model to CUDA first, or leave the option out",
+        )
     if not settings.replace_with_kernel_inject:
         return
     if settings.strict:

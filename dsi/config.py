@@ -49,7 +49,8 @@ class InferenceConfig:
         max_out_tokens: the context, prompt and new tokens together; None is the model's own maximum.
         min_out_tokens: the least context that will do.
         use_triton: True or False; None is True on CUDA.
-        enable_cuda_graph: None lets the steps of `generate` on CUDA be graphs where they can; False has none.
+        enable_cuda_graph: None lets forwards and the steps of `generate` on CUDA be graphs where they can and it pays;
+            True makes every forward one, or raises and says why it cannot be; False has none.
         strict: whatever stays as it was is an error.
         keep_original: "host" keeps a host copy of what a cast loses, so that `restore()` works.
 
@@ -63,7 +64,7 @@ class InferenceConfig:
     max_out_tokens: int | None = option(fields.TOKENS_OR_NONE, "max_tokens")
     min_out_tokens: int = option(fields.TOKENS, "min_tokens", default=1)
     use_triton: bool | None = option(fields.BOOLEAN_OR_NONE)
-    enable_cuda_graph: bool | None = option(fields.GRAPHS)
+    enable_cuda_graph: bool | None = option(fields.BOOLEAN_OR_NONE)
     strict: bool = option(fields.BOOLEAN, default=False)
     keep_original: str | None = option(fields.KEEP)
 

@@ -146,16 +146,6 @@ def _host(value: Any) -> str | None:
     raise ValueError("is no place for the original weights")
 
 
-def _graphs(given: Any) -> bool | None:
-    if given is None or given is False:
-        return given
-    raise ValueError(
-        "is not supported: graphs of a whole model come with a later version; the steps of generate are CUDA graphs "
-        "already where that is not False"
-    )
-
-
-GRAPHS = Rule(_graphs, "False or None")
 BOOLEAN = Rule(_boolean, "True or False")
 BOOLEAN_OR_NONE = Rule(_boolean_or_none, "True, False or None")
 TOKENS = Rule(_tokens, f"an int from 1 to {MAX_TOKENS}")

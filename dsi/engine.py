@@ -18,6 +18,7 @@ from dsi.inject import Injection, set_attribute
 from dsi.planner import Plan
 from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
 from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
+from dsi.runtime.forward import CHECKED, Forward, moved, vocab_size
 
 
 def attach_session(model: nn.Module, injection: Injection, config: InferenceConfig) -> Session:
@@ -39,6 +40,10 @@ def attach_session(model: nn.Module, injection: Injection, config: InferenceConf
         context=config.max_out_tokens or _context(model, injection.plan),
     )
     injection.journal.do(set_attribute(model, "_dsi", session))
+    if injection.plan.blocks and injection.group is None and "forward" not in model.__dict__:
+        session.on_cuda = _on_cuda(model)
+        injection.journal.do(set_attribute(model, "forward", Forward(model)))
+        injection.journal.do(set_attribute(model, "_apply", partial(moved, model)))
     if callable(getattr(model, "generate", None)) and injection.plan.blocks:
         for name, function in INSTANCE_OVERRIDES.items():
             injection.journal.do(set_attribute(model, name, partial(function, model)))
@@ -52,13 +57,8 @@ def _context(model: nn.Module, plan: Plan) -> int | None:
     return int(getattr(model.config, plan.decode.context))
 
 
-def _vocab_size(model: nn.Module) -> int | None:
-    """Rows of the token embedding; None for a model that has none, or several towers each with its own."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
+def _on_cuda(model: nn.Module) -> bool:
+    return all(parameter.is_cuda for parameter in model.parameters())
 
 
 class InferenceEngine:
@@ -93,8 +93,19 @@ class InferenceEngine:
             InputError: ids out of range, a mask of the wrong shape, an input longer than the model's positions.
         """
         if self.active:
-            check_inputs(self.module, args, kwargs, _vocab_size(self.module), self.plan.input_limit)
+            return self._checked(*args, **kwargs)
         return self.module(*args, **kwargs)
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
+        vocab = vocab_size(self.module)
+        # a forward that is dsi's checks the ids' range itself, in a graph without waiting for the device
+        own = isinstance(self.module.__dict__.get("forward"), Forward)
+        check_inputs(self.module, args, kwargs, None if own else vocab, self.plan.input_limit)
+        before = CHECKED.set(vocab)
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            CHECKED.reset(before)
 
     __call__ = forward
 
@@ -161,7 +172,7 @@ class InferenceEngine:
                 self.stop_profile()
             self._injection.undo()
             # they hold the fused weights' addresses, and memory of their own
-            self._session.graphs = None
+            self._session.graphs = self._session.forwards = self._session.unpadded = None
         return self.module
 
     def __enter__(self) -> InferenceEngine:

@@ -88,8 +88,7 @@ MALFORMED: list[tuple[dict, str, str]] = [
     ({"mp_size": 1, "tp": {"tp_size": 2}}, "mp_size", "differs from tensor_parallel.tp_size: 2"),
     ({"mpu": object()}, "mpu", TP),
     # what comes later
-    ({"enable_cuda_graph": True}, "enable_cuda_graph", "use False or None"),
-    ({"enable_cuda_graph": 0}, "enable_cuda_graph", "use False or None"),
+    ({"enable_cuda_graph": 0}, "enable_cuda_graph", "use True, False or None"),
     ({"triton_autotune": True}, "triton_autotune", "use False"),
     ({"quant": {"enabled": True}}, "quant.enabled", QUANT),
     ({"quant": {"weight": {"num_bits": 8}}}, "quant.weight", QUANT),

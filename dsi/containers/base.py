@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, NormOp, Rope
+from dsi.containers.packing import AROUND, Packing
 from dsi.containers.tables import TABLES, choose_ops
 from dsi.errors import PolicyError, UnsupportedModelError
 from dsi.policy import Call, Refusal, RotaryTable, Slot
@@ -53,6 +54,7 @@ class LayerCall(NamedTuple):
         rope: rotary terms of the positions, or None.
         causal: what a missing mask means.
         bias: added to the scaled scores, [B * heads, 1, T], or None.
+        packed: hidden is [1, tokens, H] of texts without their padding, which this tells apart; or None.
     """
 
     hidden: Tensor
@@ -61,6 +63,7 @@ class LayerCall(NamedTuple):
     rope: Rope | None
     causal: bool
     bias: Tensor | None = None
+    packed: Packing | None = None
 
 
 def parked(parameter: nn.Parameter) -> Tensor:
@@ -160,6 +163,14 @@ class Container(nn.Module):
         """The fused computation: hidden states [B, S, H] after the layer."""
         raise NotImplementedError
 
+    def packs(self, call: LayerCall) -> bool:
+        """Whether `run` could take this call without its padding, whatever its mask."""
+        return False
+
+    def _run(self, call: LayerCall) -> Tensor:
+        who = AROUND.get()
+        return self.run(call) if who is None else who.run(self, call)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original layer's signature, return type and meaning."""
         call = self._understand(args, kwargs)
@@ -169,11 +180,11 @@ class Container(nn.Module):
         self.__dict__["fused_calls"] += 1
         if torch.is_grad_enabled():
             with torch.no_grad():
-                hidden = self.run(call)
+                hidden = self._run(call)
             self._check_shape(call.hidden, hidden)
             hidden = self._without_gradients(call.hidden, hidden)
         else:
-            hidden = self.run(call)
+            hidden = self._run(call)
             self._check_shape(call.hidden, hidden)
         return (hidden, None) if self.call.returns == "tuple" else hidden
 

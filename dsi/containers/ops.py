@@ -6,7 +6,8 @@ kernels cover. A table has no state, so a container holds one by name and surviv
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
 from dsi.containers.linear import has_bf16
+
+if TYPE_CHECKING:
+    from dsi.containers.packing import Packing
 
 
 class Rope(NamedTuple):
@@ -321,6 +325,25 @@ class AtenOps:
         if mask is not None and mask.dtype is torch.float16 and length > 1:
             out = _even(out, mask, v)
         return out.transpose(1, 2).reshape(batch, length, heads * width)
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether `attend_packed` runs where x is."""
+        return x.device.type == "cpu"
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Packing, scale: float) -> Tensor:
+        """Attention of every token to those of its own text; q [1, heads, T, d], k and v [1, kv_heads, T, d].
+
+        Returns [1, T, heads * d].
+        """
+        starts = packed.starts.tolist()
+        # rows beyond the last text belong to none
+        spans = [*itertools.pairwise(starts), (starts[-1], q.shape[2])]
+        parts = [
+            self.attend(q[:, :, one:end], k[:, :, one:end], v[:, :, one:end], None, False, scale)
+            for one, end in spans
+            if end > one
+        ]
+        return torch.cat(parts, dim=1)
 
     def decode(
         self,

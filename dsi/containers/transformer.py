@@ -136,8 +136,16 @@ class TransformerLayer(Container):
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         q, k, v = self._heads(ops.project(places["qkv"], normed), call)
-        attended = ops.attend(q, k, v, self._mask(call), call.causal, self.scale, self.softcap)
+        if call.packed is not None:
+            attended = ops.attend_packed(q, k, v, call.packed, self.scale)
+        else:
+            attended = ops.attend(q, k, v, self._mask(call), call.causal, self.scale, self.softcap)
         return self._after(attended, hidden, normed)
+
+    def packs(self, call: LayerCall) -> bool:
+        if call.cache is not None or call.bias is not None or call.causal or self.softcap is not None:
+            return False
+        return self.ops.packs(call.hidden)
 
     def _heads(self, qkv: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, and all keys and values that there are, in the cache too where one is given."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsi.containers.launches import IN_GRAPH, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
+from dsi.containers.packing import Packing
 from dsi.containers.triton_step import TritonStepOps
 
 # values of the setting `choice` of dsi_kernels.attention: its kernel, and torch's backends
@@ -139,6 +140,16 @@ class TritonOps(TritonStepOps):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
+    def packs(self, x: Tensor) -> bool:
+        return x.is_cuda
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Packing, scale: float) -> Tensor:
+        import dsi_kernels
+
+        # [T, heads, d], views of one row a token
+        q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))
+        return dsi_kernels.varlen_attention(q, k, v, packed.starts, packed.longest, scale)[None]
+
 
 class TritonLayerOps(TritonOps):
     """dsi_kernels around the attention, which is of a form that they do not know."""
@@ -149,6 +160,8 @@ class TritonLayerOps(TritonOps):
     split_into = AtenOps.split_into
     append = AtenOps.append
     decode = AtenOps.decode
+    packs = AtenOps.packs
+    attend_packed = AtenOps.attend_packed
 
 
 def _fused(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:

@@ -13,15 +13,18 @@ from dsi.policy import Policy
 
 if TYPE_CHECKING:
     from dsi.runtime.decode import DecodeRunner
+    from dsi.runtime.forward import ForwardRoute
+    from dsi.runtime.forward_pool import ForwardPool
     from dsi.runtime.graph_pool import GraphPool
     from dsi.runtime.kv_cache import PreallocatedCache
     from dsi.runtime.limits import Prompt
     from dsi.runtime.step_forward import StepForward
+    from dsi.runtime.unpadded import Unpadded
 
 # where the session hangs: in the model's __dict__, past nn.Module.__setattr__
 ATTRIBUTE = "_dsi"
 # what a copy of the model does not take along
-_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache", "running", "steps")
+_OF_ONE_MODEL = ("lock", "prompt", "graphs", "own_cache", "running", "steps", "forwards", "unpadded")
 
 
 class Timer(Protocol):
@@ -66,6 +69,10 @@ class Session:
         running: `generate` calls under way, one inside the other.
         own_cache: made for the call that runs now; its caller never had it.
         steps: what stands for the model's forward while transformers' loop runs.
+        on_cuda: the model's device is one.
+        last_forward: what the latest forward did.
+        forwards: captured forwards, on CUDA.
+        unpadded: what is known of forwards without padding, elsewhere.
     """
 
     runner: DecodeRunner | None = None
@@ -82,6 +89,10 @@ class Session:
     running: int = 0
     own_cache: PreallocatedCache | None = attrs.field(default=None, repr=False)
     steps: StepForward | None = attrs.field(default=None, repr=False)
+    on_cuda: bool = False
+    last_forward: ForwardRoute | None = None
+    forwards: ForwardPool | None = attrs.field(default=None, repr=False)
+    unpadded: Unpadded | None = attrs.field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_MODEL}
@@ -91,7 +102,7 @@ class Session:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fresh = {"prompt": None, "graphs": None, "own_cache": None, "steps": None, "running": 0}
+        fresh = {name: None for name in _OF_ONE_MODEL if name not in ("lock", "running")} | {"running": 0}
         self.__dict__.update(state, lock=threading.RLock(), **fresh)
 
 

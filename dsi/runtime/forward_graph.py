@@ -1,0 +1,155 @@
+"""A model's forward as CUDA graphs: those of one structure of arguments share the inputs, each has its own results.
+
+A graph holds addresses, so arguments are copied in and results copied out: what a call returned stays what it is.
+Beside the forward stands a graph of one kernel, which moves the ids into range and tells the host in one word whether
+they were in it, and how much of the mask is padding (`dsi_kernels.input_flags`). The host launches the forward before
+it reads the word wherever it can guess what the word will say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from dsi.containers.launches import graph_kernels
+from dsi.runtime.trees import rebuilt, tensors
+
+# times that the host looks for the word before it sleeps between two looks, and for how long then
+LOOKS = 3000
+PAUSE = 50e-6
+IDS, MASK = "input_ids", "attention_mask"
+
+
+@attrs.frozen
+class Flags:
+    """What the device found in a call's ids and mask.
+
+    Args:
+        bad: an id is out of range.
+        hidden: the first position of some row is padding.
+        visible: positions that are not padding.
+    """
+
+    bad: bool
+    hidden: bool
+    visible: int
+
+
+class ForwardGraph:
+    """One captured forward.
+
+    Args:
+        run: the forward over static inputs.
+        device: where it runs.
+        pool: of the allocator, shared by the graphs of one model.
+    """
+
+    def __init__(self, run: Callable[[], Any], device: torch.device, pool: Any) -> None:
+        self.graph, self.result = capture(run, device, pool)
+        if any(tensor.device != device for tensor in tensors(self.result)):
+            raise RuntimeError("a result is not on the model's device")
+
+    def replay(self) -> None:
+        """Compute the results anew."""
+        self.graph.replay()
+
+    def copied(self) -> Any:
+        """The results, in memory of the caller's own."""
+        return rebuilt(self.result, Tensor.clone)
+
+
+def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any]:
+    """A graph of `run`, and what it returned: memory that each replay fills."""
+    # tensors made in inference mode could not be written to outside
+    with torch.inference_mode(False), torch.no_grad():
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), graph_kernels():
+            # compiles the kernels, and sets up what the libraries set up at their first call
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"), graph_kernels():
+            result = run()
+    return graph, result
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+
+
+class Inputs:
+    """The static arguments of one structure, and the word that tells of them.
+
+    Args:
+        given: arguments by name, as `dsi.runtime.trees` knows them.
+        vocab: rows of the token embedding; None leaves the ids unchecked.
+        device: of the model.
+        pool: of the allocator.
+    """
+
+    def __init__(self, given: Mapping[str, Any], vocab: int | None, device: torch.device, pool: Any) -> None:
+        self.device, self.vocab = device, vocab
+        with torch.inference_mode(False), torch.no_grad():
+            self.static: dict[str, Any] = rebuilt(
+                dict(given), lambda x: torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+            )
+            self.flat = tensors(self.static)
+            ids, mask = self.static.get(IDS), self.static.get(MASK)
+            self.ids = ids if vocab is not None and isinstance(ids, Tensor) else None
+            self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self.safe = None if self.ids is None else torch.zeros_like(self.ids)
+            self._number = torch.zeros(1, dtype=torch.int64, device=device)
+            self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.told = self.ids is not None or self.mask is not None
+        self._view = self._word.numpy()
+        self._count = 0
+        # the latest call's results are copied: the next may come on another stream
+        self._done = torch.cuda.Event()
+        self.probe = capture(self._tell, device, pool)[0] if self.told else None
+        if self.told:
+            torch.cuda.synchronize(device)
+            self._count = int(self._number)
+
+    def _tell(self) -> None:
+        import dsi_kernels
+
+        dsi_kernels.input_flags(self.ids, self.safe, self.mask, self._number, self._word, self.vocab or 1)
+
+    def arguments(self, **changed: Any) -> dict[str, Any]:
+        """The static arguments, with ids that are safe to look up."""
+        safe = {} if self.safe is None else {IDS: self.safe}
+        return {**self.static, **safe, **changed}
+
+    def fill(self, given: Mapping[str, Any]) -> None:
+        """Copy a call's arguments in, and have the device look at them."""
+        torch.cuda.current_stream(self.device).wait_event(self._done)
+        if self.flat:
+            torch._foreach_copy_(self.flat, tensors(given))
+        if self.probe is not None:
+            self.probe.replay()
+            self._count += 1
+
+    def done(self) -> None:
+        """The call's results are copied out."""
+        self._done.record()
+
+    def flags(self) -> Flags:
+        """What the device found in the arguments that were filled in last; waits for it."""
+        from dsi_kernels.input_flags import COUNT_AT, NUMBER_AT, NUMBER_BITS
+
+        if not self.told:
+            return Flags(False, False, 0)
+        number, looks = self._count % 2**NUMBER_BITS, 0
+        while (word := int(self._view[0])) >> NUMBER_AT != number:
+            looks += 1
+            if looks > LOOKS:
+                # raises where the device has failed
+                torch.cuda.current_stream(self.device).query()
+                time.sleep(PAUSE)
+        return Flags(bool(word & 1), bool(word >> 1 & 1), word >> COUNT_AT & 2 ** (NUMBER_AT - COUNT_AT) - 1)

@@ -1,0 +1,237 @@
+"""The forward graphs of one model, by the structure of the arguments: the latest, and none of a model that changed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsi.containers.launches import graph_kernels
+from dsi.errors import UnsupportedModelError
+from dsi.runtime.capture import end_failed_capture
+from dsi.runtime.forward_graph import MASK, ForwardGraph, Inputs
+from dsi.runtime.model_parts import ModelParts
+from dsi.runtime.unpadded import Unpadded, bucket, worth_packing
+
+logger = logging.getLogger(__name__)
+
+# graphs, and structures of arguments that are remembered, of one model
+KEPT, REMEMBERED = 24, 512
+# part of the device's memory that captures may take before all are dropped
+PART = 1 / 8
+# milliseconds from which a forward is no matter of the host any more
+LONGEST = 12.0
+
+
+class NoGraph(Exception):
+    """A call runs without a graph; the message says why."""
+
+
+class BadIds(Exception):
+    """An id is out of range."""
+
+
+class ForwardPool:
+    """Graphs of a model's forward.
+
+    Args:
+        model: the model.
+        vocab: rows of its token embedding, or None.
+        required: every structure gets a graph at once, or an error says why not.
+    """
+
+    def __init__(self, model: nn.Module, vocab: int | None, *, required: bool) -> None:
+        self.required, self.vocab = required, vocab
+        self.device = next(model.parameters()).device
+        self.lock = threading.RLock()
+        self.parts = ModelParts(model)
+        self.unpadded = Unpadded()
+        self.packing = False
+        self._padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._call: Callable[..., Any] = type(model).forward
+        self._model = model
+        self._inputs: dict[Any, Inputs] = {}
+        self._graphs: OrderedDict[Any, ForwardGraph] = OrderedDict()
+        self._guess: dict[Any, Any] = {}
+        self._seen: OrderedDict[Any, Any] = OrderedDict()
+        self._failed: dict[Any, str] = {}
+        self._memory: Any = None
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Any, given: Mapping[str, Any]) -> Any:
+        """The forward's result, from a graph.
+
+        Args:
+            key: the structure of the arguments.
+            given: arguments by name.
+
+        Raises:
+            NoGraph: this call must run without.
+            BadIds: an id is out of range.
+        """
+        if reason := self.parts.busy() or self._failed.get(key, ""):
+            raise NoGraph(reason)
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            self._need_twice(key)
+            inputs = self._made(key, given)
+        inputs.fill(given)
+        guess = self._graphs.get((key, self._guess.get(key)))
+        if guess is not None:
+            guess.replay()
+        self._check_parts()
+        flags = inputs.flags()
+        if flags.bad:
+            inputs.done()
+            raise BadIds
+        form = self._form(key, inputs, flags)
+        graph = self._graphs.get((key, form))
+        if graph is None:
+            graph = self._captured(key, form, inputs)
+        self._guess[key] = form if form in ("full", "plain") else None
+        self._graphs.move_to_end((key, form))
+        if graph is not guess:
+            graph.replay()
+        self.packing = isinstance(form, int)
+        result = graph.copied()
+        inputs.done()
+        return result
+
+    # --- which graph ------------------------------------------------------------------------------------------
+
+    def _form(self, key: Any, inputs: Inputs, flags: Any) -> Any:
+        """ "full", a mask that hides nothing and is left out; rows of a packed forward; or "plain"."""
+        mask = inputs.mask
+        if mask is None:
+            return "plain"
+        names = _structure(key)
+        if flags.visible == mask.numel():
+            with torch.no_grad(), graph_kernels():
+                same = self.unpadded.maskless(self._stock, inputs.arguments(), names, self._padding)
+            return "full" if same else "plain"
+        rows = bucket(flags.visible, mask.numel())
+        if flags.hidden or not worth_packing(rows, mask.numel()):
+            return "plain"
+        if not self.unpadded.tried(names):
+            with torch.no_grad(), graph_kernels():
+                self.unpadded.try_packing(self._stock, inputs.arguments(), rows, names)
+        return rows if self.unpadded.stops(names) else "plain"
+
+    def _stock(self, given: Mapping[str, Any]) -> Any:
+        return self._call(self._model, **given)
+
+    def _forward_of(self, form: Any, names: Any, inputs: Inputs) -> Callable[[], Any]:
+        if form == "plain":
+            return lambda: self._stock(inputs.arguments())
+        if form == "full":
+            return lambda: self._stock(inputs.arguments(**{MASK: None}))
+        return lambda: self.unpadded.packed(self._stock, inputs.arguments(), form, names)
+
+    # --- making and dropping ----------------------------------------------------------------------------------
+
+    def _need_twice(self, key: Any) -> None:
+        """Nothing, from the second call of a structure on, where the device does not take long for it."""
+        if self.required:
+            return
+        times = self._seen.pop(key, None)
+        if times is not None:
+            start, end = times
+            end.synchronize()
+            if start.elapsed_time(end) < LONGEST:
+                return
+        raise NoGraph("the first call of this structure" if times is None else "the device is the limit")
+
+    def time(self, key: Any, call: Callable[[], Any]) -> Any:
+        """A call without a graph, whose time says whether the next shall have one."""
+        if key in self._failed or key in self._inputs:
+            return call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        self._seen[key] = start, end
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return result
+
+    def _made(self, key: Any, given: Mapping[str, Any]) -> Inputs:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+            self._reserved = torch.cuda.memory_reserved(self.device)
+        inputs = self._attempt(key, lambda: Inputs(given, self.vocab, self.device, self._memory))
+        self._inputs[key] = inputs
+        return inputs
+
+    def _captured(self, key: Any, form: Any, inputs: Inputs) -> ForwardGraph:
+        run = self._forward_of(form, _structure(key), inputs)
+        graph = self._attempt(key, lambda: ForwardGraph(run, self.device, self._memory))
+        self._graphs[key, form] = graph
+        if len(self._graphs) > KEPT:
+            (old, gone), _ = self._graphs.popitem(last=False)
+            if not any(one == old for one, _ in self._graphs):
+                del self._inputs[old]
+                self._guess.pop(old, None)
+            del gone
+        return graph
+
+    def _attempt(self, key: Any, make: Callable[[], Any]) -> Any:
+        try:
+            self._check_memory()
+            return make()
+        # whatever a capture, a compiler or a launcher raises: a forward without a graph is right
+        except Exception as error:
+            end_failed_capture(self.device)
+            memory = isinstance(error, torch.OutOfMemoryError)
+            reason = f"no memory for a forward graph: {error}" if memory else f"capturing a forward failed: {error}"
+            if memory:
+                self.drop()
+            else:
+                self._failed[key] = reason
+                self._forget(key)
+            logger.warning("%s", reason)
+            raise NoGraph(reason) from error
+
+    def _check_memory(self) -> None:
+        total = torch.cuda.mem_get_info(self.device)[1]
+        if torch.cuda.memory_reserved(self.device) - self._reserved > PART * total:
+            self.drop()
+            raise NoGraph("graphs took too much memory, and are made anew")
+
+    def _check_parts(self) -> None:
+        if reason := self.parts.changed():
+            self.drop()
+            self.parts, self.unpadded = ModelParts(self._model), Unpadded()
+            raise NoGraph(f"graphs are made anew: {reason}")
+
+    def _forget(self, key: Any) -> None:
+        self._inputs.pop(key, None)
+        for pair in [pair for pair in self._graphs if pair[0] == key]:
+            del self._graphs[pair]
+
+    def drop(self) -> None:
+        """All graphs and their memory go."""
+        self._inputs.clear()
+        self._graphs.clear()
+        self._guess.clear()
+        self._memory = None
+
+
+def _structure(key: Any) -> Any:
+    """Names of the arguments of a key, and what those are that are no tensors."""
+    return tuple((name, one if isinstance(one[0], type) else one[1]) for name, one in key[-1])
+
+
+def refuse(reason: str) -> UnsupportedModelError:
+    """The error of a model whose graphs are required, and cannot be."""
+    return UnsupportedModelError(
+        f"enable_cuda_graph=True, and this call cannot be a graph: {reason}",
+        hint="enable_cuda_graph=None lets such calls run without one",
+    )
