@@ -18,7 +18,7 @@ from dsi.inject import Injection, set_attribute
 from dsi.planner import Plan
 from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
 from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
-from dsi.runtime.forward import CHECKED, Forward, moved, vocab_size
+from dsi.runtime.forward import CHECKED, Forward, drop_forwards, moved, vocab_size
 
 
 def attach_session(model: nn.Module, injection: Injection, config: InferenceConfig) -> Session:
@@ -172,7 +172,8 @@ class InferenceEngine:
                 self.stop_profile()
             self._injection.undo()
             # they hold the fused weights' addresses, and memory of their own
-            self._session.graphs = self._session.forwards = self._session.unpadded = None
+            self._session.graphs = None
+            drop_forwards(self._session)
         return self.module
 
     def __enter__(self) -> InferenceEngine:

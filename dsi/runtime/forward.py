@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dsi.runtime.forward_pool import BadIds, ForwardPool, NoGraph, refuse
 from dsi.runtime.limits import check_ids
+from dsi.runtime.model_parts import ModelParts
 from dsi.runtime.session import ATTRIBUTE, Session
 from dsi.runtime.trees import NoTree, named, signature
 from dsi.runtime.unpadded import MASK, Unpadded, worth_packing
@@ -131,41 +132,64 @@ class Forward:
 
     def _unpadded(self, session: Session, given: dict[str, Any], key: Any) -> Any:
         """Without its padding, where the mask has some and that is known to be equal."""
-        mask = given.get(MASK)
-        names = tuple(name for name, _ in key[-1])
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() < CPU_POSITIONS:
+        visible = _tokens(given)
+        if not visible:
             return self._without(session, (), given, "", given)
-        shown = mask != 0
-        visible = int(shown.sum())
-        if not worth_packing(visible, mask.numel()) or not bool(shown[:, 0].all()):
-            return self._without(session, (), given, "", given)
-        unpadded = session.unpadded
-        if unpadded is None:
-            unpadded = session.unpadded = Unpadded()
-        packs = not unpadded.tried(names) or unpadded.stops(names)
-        if not packs or any(given.get(name) for name in given if name.startswith("output_")):
-            return self._without(session, (), given, unpadded.reasons.get(names, ""), given)
-        call = lambda arguments: type(self.model).forward(self.model, **arguments)  # noqa: E731
-        ids, vocab = given.get("input_ids"), CHECKED.get()
-        if vocab is not None and isinstance(ids, Tensor):
-            check_ids("forward", ids, vocab)
-        if not unpadded.tried(names):
-            result = unpadded.try_packing(call, given, visible, names)
-            session.last_forward = ForwardRoute(reason=unpadded.reasons.get(names, ""))
-            return result
-        session.last_forward = ForwardRoute(packed=True)
-        return unpadded.packed(call, given, visible, names)
+        unpadded, names = _known(self.model, session), key[-1]
+        names = tuple((name, one if isinstance(one[0], type) else one[1]) for name, one in names)
+        if unpadded is None or (unpadded.tried(names) and unpadded.stops(names) is None):
+            return self._without(session, (), given, "" if unpadded is None else unpadded.reasons[names], given)
+        if (vocab := CHECKED.get()) is not None and isinstance(given.get("input_ids"), Tensor):
+            check_ids("forward", given["input_ids"], vocab)
+        call = functools.partial(_stock, self.model)
+        if unpadded.tried(names):
+            session.last_forward = ForwardRoute(packed=True)
+            return unpadded.packed(call, given, visible, names)
+        result = unpadded.try_packing(call, given, visible, names)
+        session.last_forward = ForwardRoute(reason=unpadded.reasons.get(names, ""))
+        return result
+
+
+def _stock(model: nn.Module, given: Mapping[str, Any]) -> Any:
+    return type(model).forward(model, **given)
+
+
+def _tokens(given: Mapping[str, Any]) -> int:
+    """Positions that are no padding, where leaving the padding out is worth a try; else 0."""
+    mask = given.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() < CPU_POSITIONS:
+        return 0
+    shown = mask != 0
+    visible = int(shown.sum())
+    return visible if worth_packing(visible, mask.numel()) and bool(shown[:, 0].all()) else 0
+
+
+def _known(model: nn.Module, session: Session) -> Unpadded | None:
+    """What is known of the model's forwards as it is now; None while a hook or training needs all of it."""
+    if session.unpadded is not None and session.unpadded.parts.changed():
+        session.unpadded = None
+    if session.unpadded is None:
+        session.unpadded = Unpadded(ModelParts(model))
+    return None if session.unpadded.parts.busy() else session.unpadded
 
 
 def moved(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands for `_apply`: weights are about to move, so graphs of the old ones go first."""
     session: Session | None = model.__dict__.get(ATTRIBUTE)
     if session is not None:
-        session.forwards = session.unpadded = None
+        drop_forwards(session)
     result = type(model)._apply(model, *args, **kwargs)
     if session is not None:
         session.on_cuda = all(parameter.is_cuda for parameter in model.parameters())
     return result
+
+
+def drop_forwards(session: Session) -> None:
+    """What is kept of forwards goes, with its memory."""
+    if session.forwards is not None:
+        with session.forwards.lock:
+            session.forwards.drop()
+    session.forwards = session.unpadded = None
 
 
 def vocab_size(model: nn.Module) -> int | None:
@@ -202,6 +226,8 @@ def _argument(name: str, value: Any) -> Any:
 
 
 def _elsewhere(given: Mapping[str, Any], device: torch.device) -> str | None:
+    if device.index is not None and device.index != torch.cuda.current_device():
+        return f"the model is on {device}, which is not the current device"
     for name, value in given.items():
         if isinstance(value, Tensor) and value.device != device:
             return f"argument {name} is on {value.device}"
@@ -214,4 +240,4 @@ def _names(forward: Any) -> tuple[str, ...]:
     return tuple(name for name, one in inspect.signature(forward).parameters.items() if one.kind in kinds)[1:]
 
 
-__all__ = ["CHECKED", "Forward", "ForwardRoute", "moved", "vocab_size"]
+__all__ = ["CHECKED", "Forward", "ForwardRoute", "drop_forwards", "moved", "vocab_size"]

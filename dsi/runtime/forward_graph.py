@@ -137,7 +137,7 @@ class Inputs:
 
     def done(self) -> None:
         """The call's results are copied out."""
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(self.device))
 
     def flags(self) -> Flags:
         """What the device found in the arguments that were filled in last; waits for it."""

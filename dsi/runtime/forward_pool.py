@@ -32,6 +32,10 @@ class NoGraph(Exception):
     """A call runs without a graph; the message says why."""
 
 
+class Anew(NoGraph):
+    """All graphs were dropped; the next call makes new ones."""
+
+
 class BadIds(Exception):
     """An id is out of range."""
 
@@ -50,7 +54,7 @@ class ForwardPool:
         self.device = next(model.parameters()).device
         self.lock = threading.RLock()
         self.parts = ModelParts(model)
-        self.unpadded = Unpadded()
+        self.unpadded = Unpadded(self.parts)
         self.packing = False
         self._padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._call: Callable[..., Any] = type(model).forward
@@ -77,6 +81,14 @@ class ForwardPool:
             NoGraph: this call must run without.
             BadIds: an id is out of range.
         """
+        try:
+            return self._run(key, given)
+        except Anew:
+            if not self.required:
+                raise
+            return self._run(key, given)
+
+    def _run(self, key: Any, given: Mapping[str, Any]) -> Any:
         if reason := self.parts.busy() or self._failed.get(key, ""):
             raise NoGraph(reason)
         inputs = self._inputs.get(key)
@@ -175,17 +187,20 @@ class ForwardPool:
         graph = self._attempt(key, lambda: ForwardGraph(run, self.device, self._memory))
         self._graphs[key, form] = graph
         if len(self._graphs) > KEPT:
-            (old, gone), _ = self._graphs.popitem(last=False)
+            # it may be running
+            torch.cuda.synchronize(self.device)
+            (old, _), _ = self._graphs.popitem(last=False)
             if not any(one == old for one, _ in self._graphs):
                 del self._inputs[old]
                 self._guess.pop(old, None)
-            del gone
         return graph
 
     def _attempt(self, key: Any, make: Callable[[], Any]) -> Any:
         try:
             self._check_memory()
             return make()
+        except NoGraph:
+            raise
         # whatever a capture, a compiler or a launcher raises: a forward without a graph is right
         except Exception as error:
             end_failed_capture(self.device)
@@ -203,13 +218,14 @@ class ForwardPool:
         total = torch.cuda.mem_get_info(self.device)[1]
         if torch.cuda.memory_reserved(self.device) - self._reserved > PART * total:
             self.drop()
-            raise NoGraph("graphs took too much memory, and are made anew")
+            raise Anew("graphs took too much memory, and are made anew")
 
     def _check_parts(self) -> None:
         if reason := self.parts.changed():
             self.drop()
-            self.parts, self.unpadded = ModelParts(self._model), Unpadded()
-            raise NoGraph(f"graphs are made anew: {reason}")
+            self.parts = ModelParts(self._model)
+            self.unpadded = Unpadded(self.parts)
+            raise Anew(f"graphs are made anew: {reason}")
 
     def _forget(self, key: Any) -> None:
         self._inputs.pop(key, None)
@@ -218,6 +234,9 @@ class ForwardPool:
 
     def drop(self) -> None:
         """All graphs and their memory go."""
+        if self._inputs:
+            # they may be running
+            torch.cuda.synchronize(self.device)
         self._inputs.clear()
         self._graphs.clear()
         self._guess.clear()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.packing import AnotherWay, Packing, Stop, Trace, around
+from dsi.runtime.model_parts import ModelParts
 from dsi.runtime.trees import NoTree, tensors
 
 MASK = "attention_mask"
@@ -39,9 +40,14 @@ def worth_packing(rows: int, total: int) -> bool:
 
 
 class Unpadded:
-    """What was found about the forwards of one model, by the names of the arguments given."""
+    """What was found about the forwards of one model, by the names of the arguments given.
 
-    def __init__(self) -> None:
+    Args:
+        parts: of the model that it was found about.
+    """
+
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts = parts
         self._stops: dict[Any, tuple[Stop, ...]] = {}
         self._maskless: dict[Any, bool] = {}
         # why padding stays, by the names of arguments
