@@ -244,10 +244,11 @@ class _Loop:
     def _finished(self, input_ids: Tensor, record: _Record) -> Any:
         """What the caller gets. A cache that nobody else will see is the next call's, if a graph writes to it."""
         pool, wanted = self.session.graphs, self.settings.return_dict_in_generate
-        if pool is not None and self.graph is not None:
+        if pool is not None:
             if self.own_cache and not wanted:
+                # also after a text too short for a graph: the cache may have been lent
                 pool.give_back(input_ids.shape[0], self.cache)
-            else:
+            elif self.graph is not None:
                 pool.forget(self.graph.key)
         return self._result(input_ids, record) if wanted else input_ids
 

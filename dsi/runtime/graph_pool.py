@@ -80,11 +80,22 @@ class GraphPool:
         return cache
 
     def give_back(self, batch: int, cache: PreallocatedCache) -> None:
-        """The cache is nobody's any more; it is kept for the next text, and the oldest go where they are too many."""
+        """The cache is nobody's any more; where a graph writes to it, it is kept for the next text.
+
+        The oldest go where they are too many.
+        """
+        if not self._written_to(cache):
+            return
         self._caches.pop(batch, None)
         self._caches[batch] = cache
         while len(self._caches) > 1 and (len(self._caches) > KEPT or self._idle_bytes() > self._spare):
             self._drop(self._caches.popitem(last=False)[1])
+
+    def _written_to(self, cache: PreallocatedCache) -> bool:
+        if not all(hasattr(layer, "buffers") for layer in cache.layers):
+            return False
+        addresses = _addresses(cache)
+        return any(written == addresses for written, _ in self._graphs.values())
 
     def _idle_bytes(self) -> int:
         """Memory of all caches but the latest."""

@@ -251,6 +251,15 @@ def test_idle_caches_are_few(monkeypatch):
         assert {written for written, _ in pool._graphs.values()} <= held
 
 
+def test_a_text_too_short_for_a_graph_leaves_the_cache_to_the_next(graphs):
+    pair = llama()
+    pair.check(inputs_for("llama", 1, 7))
+    captured = len(graphs)
+    pair.ours.generate(**inputs_for("llama", 1, 7), max_new_tokens=1)
+    pair.check(inputs_for("llama", 1, 7))
+    assert len(graphs) == captured
+
+
 @pytest.mark.parametrize(("positions", "capacity"), [(1, 256), (256, 256), (257, 512), (9000, 9216), (20000, 20480)])
 def test_capacities(positions, capacity):
     assert graph_pool.rounded(positions) == capacity
