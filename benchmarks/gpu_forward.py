@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from gpu_decode import Text, decode
-from gpu_models import DEVICE, Pair, Stage, check_forward
+from gpu_models import DEVICE, Stage, check_forward
 from gpu_rivals import compiled_forward
 from measure import Goal, Result, Sample, interleaved
 from torch import Tensor, nn
-
-import dsi
 
 Peak = Mapping[str, float]
 
@@ -123,7 +121,7 @@ def encoder(
         padded: half of the tokens are padding, beside our own time without any.
     """
     rows, tokens = shape
-    name, pair = f"bert-base {rows}x{tokens}{', half padding' if padded else ''}", _bert(stage)
+    name, pair = f"bert-base {rows}x{tokens}{', half padding' if padded else ''}", stage.pair("bert-base")
     ids = pair.ids(rows, tokens)
     mask = half_padding(rows, tokens) if padded else None
 
@@ -141,6 +139,8 @@ def encoder(
     rounds = 10 if quick else 30
     times = _streams(contenders, rounds=rounds, budget=6)
     waited = _samples({"dsi": contenders["dsi"]}, rounds=rounds, budget=3)["dsi"]
+    route = pair.engine.module._dsi.last_forward
+    facts |= {"graph": route.graph, "packed": route.packed, "no_graph_because": route.reason}
     ours = times["dsi"].median
     rate = _flops(pair.stock, rows, tokens, causal=False) / ours / 1e9
     bars = ({"torch.compile": compiles} if rivals and compiles else {}) | ({"dsi, no padding": 1.7} if padded else {})
@@ -154,13 +154,6 @@ def encoder(
         goals=(Goal(name="ms", found=ours, bar=most, at_most=True),) if most is not None else (),
         facts=facts,
     )
-
-
-def _bert(stage: Stage) -> Pair:
-    try:
-        return stage.pair("bert-base", enable_cuda_graph=True)
-    except dsi.ConfigError:
-        return stage.pair("bert-base")
 
 
 def half_padding(rows: int, tokens: int) -> Tensor:

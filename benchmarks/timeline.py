@@ -132,7 +132,7 @@ def main() -> int:
     if given.model not in MODELS:
         sys.exit(f"{given.model}: no such model; there are {', '.join(MODELS)}")
     model = MODELS[given.model].build()
-    engine = dsi.init_inference(model, **({} if model.can_generate() else {"enable_cuda_graph": True}))
+    engine = dsi.init_inference(model)
     call = _call(engine, torch.randint(4, model.config.vocab_size, (given.batch, given.tokens), device=DEVICE))
     for _ in range(2):
         call()
