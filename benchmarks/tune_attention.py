@@ -3,7 +3,7 @@
     python benchmarks/tune_attention.py [--out FOLDER] [--only SHAPE] [--rows 1 8 32] [--lengths 160 1024 8192 32768]
 
 Every candidate is held to the reference first. Times are those of a CUDA graph over a ring of caches that no L2 holds;
-shares are of the copy bandwidth of the same run. One configuration serves all lengths and row counts of a shape: the one
+shares are of the copy bandwidth of the same run. One configuration serves all lengths and rows of a shape: the one
 whose times, as shares of the best of each, are the least in sum.
 """
 
