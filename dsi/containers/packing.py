@@ -61,16 +61,22 @@ class Stop:
 
 
 class Trace:
-    """Runs every call as it is, and notes which tensor came from where."""
+    """Runs every call as it is, and notes which tensor came from where.
 
-    def __init__(self) -> None:
+    Args:
+        shape: of the mask; layers that are given other positions, such as a second tower's, do not pack.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
         # the tensors are held, so that no two of them have one id
         self._seen: list[tuple[int, bool, Tensor, Tensor]] = []
 
     def run(self, container: Container, call: LayerCall) -> Tensor:
         """See `Around`."""
         output = container.run(call)
-        self._seen.append((id(container), container.packs(call), call.hidden, output))
+        packs = container.packs(call) and call.hidden.shape[:2] == self.shape
+        self._seen.append((id(container), packs, call.hidden, output))
         return output
 
     def stops(self) -> tuple[Stop, ...]:
@@ -135,6 +141,8 @@ class Packing:
             raise AnotherWay("the layers are called in another order")
         if not stop.packs:
             return container.run(call)
+        if call.hidden.shape[:2] != self.shape:
+            raise AnotherWay("a layer is given other positions than the mask has")
         hidden = self.pack(call.hidden) if stop.first else self._packed
         strange = not stop.first and call.hidden is not self._placeholder
         if strange or hidden is None or call.mask is not None or not container.packs(call):

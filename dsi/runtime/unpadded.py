@@ -69,7 +69,7 @@ class Unpadded:
 
     def try_packing(self, call: Call, given: Mapping[str, Any], rows: int, names: Any) -> Any:
         """The forward's own result, and from then on it is known whether a packed one is equal."""
-        trace = Trace()
+        trace = Trace(given[MASK].shape)
         with around(trace):
             wanted = call(given)
         stops, reason = trace.stops(), "no layer can do without its padding"
