@@ -395,12 +395,13 @@ def test_generate_goes_on():
     )
 
 
+@pytest.mark.parametrize("lengths", [(17, 5, 17), (5, 17)], ids=str)
 @pytest.mark.parametrize("on_cuda", [False, True])
-def test_a_second_tower_has_other_positions(on_cuda, graphs):
+def test_a_second_tower_has_other_positions(on_cuda, lengths, graphs):
     pair = Pair(tiny("clip"))
     pair.ours._dsi.on_cuda = on_cuda
-    # 5 positions in the images, as short a text, and a longer one
-    for length in (5, 17, 5):
+    # there are 5 positions in the images: as short a text, and a longer one
+    for length in lengths:
         for seed in range(3):
             given = given_to("clip", 64, length, seed, padded=True)
             pair.check(given, graph=None)
