@@ -26,6 +26,8 @@ rounding at the end. Position biases are rounded as the model that has them roun
 A token whose mask is False, the new one included, is not attended to, and may hold anything. A start beyond the cache
 is not written. Nothing to attend to gives 0.
 
+Longer than 500 lines: one launch has the parts of four, and each is checked and has its reference.
+
 Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; Su et al. 2021,
 https://arxiv.org/abs/2104.09864; Press et al. 2022, https://arxiv.org/abs/2108.12409.
 """
