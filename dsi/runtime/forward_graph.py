@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -45,18 +46,29 @@ class ForwardGraph:
 
     Args:
         run: the forward over static inputs.
-        device: where it runs.
+        inputs: the static inputs.
         pool: of the allocator, shared by the graphs of one model.
+        tells: it looks at the inputs first, as `Inputs.look` does, and so spares a launch.
     """
 
-    def __init__(self, run: Callable[[], Any], device: torch.device, pool: Any) -> None:
-        self.graph, self.result = capture(run, device, pool)
-        if any(tensor.device != device for tensor in tensors(self.result)):
+    def __init__(self, run: Callable[[], Any], inputs: Inputs, pool: Any, *, tells: bool) -> None:
+        self._inputs, self._tells = inputs, tells and inputs.told
+        self.graph, self.result = capture(partial(self._told, run), inputs.device, pool)
+        if self._tells:
+            inputs.count_anew()
+        found = tensors(self.result)
+        if any(tensor.device != inputs.device for tensor in found):
             raise RuntimeError("a result is not on the model's device")
+
+    def _told(self, run: Callable[[], Any]) -> Any:
+        if self._tells:
+            self._inputs.tell()
+        return run()
 
     def replay(self) -> None:
         """Compute the results anew."""
         self.graph.replay()
+        self._inputs.count += self._tells
 
     def copied(self) -> Any:
         """The results, in memory of the caller's own."""
@@ -108,15 +120,20 @@ class Inputs:
             self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.told = self.ids is not None or self.mask is not None
         self._view = self._word.numpy()
-        self._count = 0
+        # looks at the inputs, as the device's number has it
+        self.count = 0
         # the latest call's results are copied: the next may come on another stream
         self._done = torch.cuda.Event()
-        self.probe = capture(self._tell, device, pool)[0] if self.told else None
-        if self.told:
-            torch.cuda.synchronize(device)
-            self._count = int(self._number)
+        self._probe = capture(self.tell, device, pool)[0] if self.told else None
+        self.count_anew()
 
-    def _tell(self) -> None:
+    def count_anew(self) -> None:
+        """Ask the device how often it has looked."""
+        torch.cuda.synchronize(self.device)
+        self.count = int(self._number)
+
+    def tell(self) -> None:
+        """Launch the kernel that looks at the inputs."""
         import dsi_kernels
 
         dsi_kernels.input_flags(self.ids, self.safe, self.mask, self._number, self._word, self.vocab or 1)
@@ -127,13 +144,16 @@ class Inputs:
         return {**self.static, **safe, **changed}
 
     def fill(self, given: Mapping[str, Any]) -> None:
-        """Copy a call's arguments in, and have the device look at them."""
+        """Copy a call's arguments in."""
         torch.cuda.current_stream(self.device).wait_event(self._done)
         if self.flat:
             torch._foreach_copy_(self.flat, tensors(given))
-        if self.probe is not None:
-            self.probe.replay()
-            self._count += 1
+
+    def look(self) -> None:
+        """Have the device look at the arguments."""
+        if self._probe is not None:
+            self._probe.replay()
+            self.count += 1
 
     def done(self) -> None:
         """The call's results are copied out."""
@@ -145,7 +165,7 @@ class Inputs:
 
         if not self.told:
             return Flags(False, False, 0)
-        number, looks = self._count % 2**NUMBER_BITS, 0
+        number, looks = self.count % 2**NUMBER_BITS, 0
         while (word := int(self._view[0])) >> NUMBER_AT != number:
             looks += 1
             if looks > LOOKS:

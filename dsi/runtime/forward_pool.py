@@ -97,7 +97,9 @@ class ForwardPool:
             inputs = self._made(key, given)
         inputs.fill(given)
         guess = self._graphs.get((key, self._guess.get(key)))
-        if guess is not None:
+        if guess is None:
+            inputs.look()
+        else:
             guess.replay()
         self._check_parts()
         flags = inputs.flags()
@@ -184,7 +186,7 @@ class ForwardPool:
 
     def _captured(self, key: Any, form: Any, inputs: Inputs) -> ForwardGraph:
         run = self._forward_of(form, _structure(key), inputs)
-        graph = self._attempt(key, lambda: ForwardGraph(run, self.device, self._memory))
+        graph = self._attempt(key, lambda: ForwardGraph(run, inputs, self._memory, tells=isinstance(form, str)))
         self._graphs[key, form] = graph
         if len(self._graphs) > KEPT:
             # it may be running

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # hooks of these are silent until somebody asks a call for hidden states or attentions, and such a call has no graph
 _SILENT = ("transformers.utils.output_capturing",)
+_VALUES: Any = dict.values
+_ADDRESS = torch._C.TensorBase.data_ptr
 
 
 class ModelParts:
@@ -36,15 +40,18 @@ class ModelParts:
         self._hooks = [own[name] for own in self._own[1:] for name in _HOOKS]
         self._tensors = list(_tensors(self._tables))
         self._kept = [tensor.detach() for tensor in self._tensors]
-        self._addresses = self._addresses_now()
-        self._ids = self._ids_now()
+        self._addresses = list(map(_ADDRESS, self._tensors))
+        self._sizes = list(map(len, self._tables))
+        self._values = [value for table in self._tables for value in table.values()]
         self._configs = [(config, dict(config)) for config in _configs(modules)]
 
     def changed(self) -> str:
         """What is another than it was, or ""."""
-        if self._ids_now() != self._ids:
+        # without a line of python for each value: 16 us for BERT-base (2-core Zen 5), while the device is at work
+        values = chain.from_iterable(map(_VALUES, self._tables))
+        if list(map(len, self._tables)) != self._sizes or not all(map(operator.is_, values, self._values)):
             return "a module, parameter or buffer was exchanged"
-        if self._addresses_now() != self._addresses:
+        if list(map(_ADDRESS, self._tensors)) != self._addresses:
             return "weights were moved"
         if any(config != known for config, known in self._configs):
             return "the model's config was changed"
@@ -64,12 +71,6 @@ class ModelParts:
                 if getattr(hook, "__module__", "") not in _SILENT:
                     return getattr(hook, "__qualname__", None) or type(hook).__qualname__
         return ""
-
-    def _ids_now(self) -> list[int]:
-        return [id(value) for table in self._tables for value in table.values()]
-
-    def _addresses_now(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
 
 
 def _tensors(tables: list[dict[str, Any]]) -> Iterator[Tensor]:
