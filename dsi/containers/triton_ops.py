@@ -159,6 +159,7 @@ class TritonLayerOps(TritonOps):
     split = AtenOps.split
     split_into = AtenOps.split_into
     append = AtenOps.append
+    attend = AtenOps.attend
     decode = AtenOps.decode
     packs = AtenOps.packs
     attend_packed = AtenOps.attend_packed
