@@ -29,6 +29,9 @@ GROUP = 64
 # groups whose tokens one program holds at once
 CAP = 128
 BLOCK_V = 2048
+# elements of a block at least: of one element a vocabulary of up to 64 tokens failed on the H200, as all of 67 and more
+# did not
+LEAST = 16
 # tokens of a vocabulary: the maxima of all its groups are held at once
 MAX_VOCAB = 1 << 18
 # what `settings` holds, in order; the last is 1 / temperature, 1 / penalty, as torch divides by a number on CUDA
@@ -428,8 +431,8 @@ def sample_token(
         )  # fmt: skip
         _choose_kernel[(rows,)](
             x, group, top, total, picked, noise, settings, seen, value, index, invalid.view(torch.int8), V, groups,
-            blocks, GROUP=GROUP, CAP=CAP, BLOCK_G=triton.next_power_of_2(groups),
-            BLOCK_B=triton.next_power_of_2(blocks), BLOCK_V=8192, num_warps=16, **options,
+            blocks, GROUP=GROUP, CAP=CAP, BLOCK_G=max(LEAST, triton.next_power_of_2(groups)),
+            BLOCK_B=max(LEAST, triton.next_power_of_2(blocks)), BLOCK_V=8192, num_warps=16, **options,
         )  # fmt: skip
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,

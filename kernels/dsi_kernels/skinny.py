@@ -120,9 +120,11 @@ def _skinny_kernel(
     last = tl.minimum(first + steps * BLOCK_K, K)
     if PDL:
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        _prefetch(w_ptr, n, first, N, K, BLOCK_K // LINE * 4, LINE)
-        if GATED:
-            _prefetch(w_ptr + N.to(tl.int64) * K, n, first, N, K, BLOCK_K // LINE * 4, LINE)
+        # a tile shorter than a line, of a small matrix, is not worth it
+        if BLOCK_K >= LINE:
+            _prefetch(w_ptr, n, first, N, K, BLOCK_K // LINE * 4, LINE)
+            if GATED:
+                _prefetch(w_ptr + N.to(tl.int64) * K, n, first, N, K, BLOCK_K // LINE * 4, LINE)
         wait()
     b = tl.arange(0, BLOCK_B)
     w_rows, x_rows = w_ptr + (n.to(tl.int64) * K)[:, None], x_ptr + (b * K)[None, :]
