@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dsi_kernels as dk
+from dsi.tuning import graph_time
 from dsi_kernels.attention import CUDNN, EFFICIENT, FLASH, OWN, TORCH
 from dsi_kernels.linear_fused import FUSED, LIBRARY
 
@@ -61,26 +61,6 @@ NAMES = {TORCH: "torch", OWN: "own", CUDNN: "cudnn", FLASH: "flash", EFFICIENT: 
 RING_BYTES = 200 << 20
 # a kernel of ours that wins by less than this is not worth a choice
 MARGIN = 0.98
-
-
-def graph_time(step: Callable[[int], object], count: int, *, replays: int = 9) -> float:
-    """Microseconds of one of `count` steps, from replays of a graph that holds them all."""
-    step(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            step(index)
-    times = []
-    for turn in range(replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
 
 
 # --- products -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate, activate_reference, check_kind
+from dsi_kernels.activations import activate_reference, check_kind
+from dsi_kernels.epilogue import finish
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.tuned import device_facts, launch_config
 
@@ -69,22 +70,6 @@ def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.con
 
 
 @triton.jit
-def _finish(h, up, b_ptr, r_ptr, at, n, N, inside, KIND: tl.constexpr, GATED: tl.constexpr):
-    """Bias, activation, gate and residual on sums of any shape, fp32; n are columns that broadcast over it."""
-    if b_ptr is not None:
-        h += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(b_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
-    if KIND != "":
-        h = activate(h, KIND)
-    if GATED:
-        h = h * up
-    if r_ptr is not None:
-        h += tl.load(r_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return h
-
-
-@triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, r_ptr, y_ptr, M, N, K,
     KIND: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -122,7 +107,7 @@ def _linear_kernel(
             tl.store(y_ptr + at + N, up, mask=inside)
     else:
         at = (m.to(tl.int64) * N)[:, None] + n[None, :]
-        h = _finish(h, up, b_ptr, r_ptr, at, n[None, :], N, inside, KIND, GATED)
+        h = finish(h, up, b_ptr, r_ptr, at, n[None, :], N, inside, KIND, GATED)
         tl.store(y_ptr + at, h.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -149,7 +134,7 @@ def _sum_kernel(
     up = tl.zeros([BLOCK_D], tl.float32)
     if GATED:
         up = sum_parts(p_ptr + N, row, cols, inside, M, width, SPLITS, BLOCK_D)
-    h = _finish(h, up, b_ptr, r_ptr, row * N + cols, cols, N, inside, KIND, GATED)
+    h = finish(h, up, b_ptr, r_ptr, row * N + cols, cols, N, inside, KIND, GATED)
     tl.store(y_ptr + row * N + cols, h.to(y_ptr.dtype.element_ty), mask=inside)
 
 

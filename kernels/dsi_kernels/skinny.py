@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate, activate_reference, check_kind
+from dsi_kernels.activations import activate_reference, check_kind
+from dsi_kernels.epilogue import finish
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
@@ -80,20 +81,9 @@ def _prefetch(w_ptr, n, k0, N, K, TILES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    h, up, b_ptr, r_ptr, out_ptr, at, n, N, inside, KIND: tl.constexpr, GATED: tl.constexpr
-):  # fmt: skip
-    """Bias, activation, gate and residual of sums that belong to columns n, and the store."""
-    if b_ptr is not None:
-        h += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(b_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
-    if KIND != "":
-        h = activate(h, KIND)
-    if GATED:
-        h = h * up
-    if r_ptr is not None:
-        h += tl.load(r_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _finish(h, up, b_ptr, r_ptr, out_ptr, at, n, N, inside, KIND: tl.constexpr, GATED: tl.constexpr):
+    """What follows the sums that belong to columns n, and the store."""
+    h = finish(h, up, b_ptr, r_ptr, at, n, N, inside, KIND, GATED)
     tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -194,9 +184,7 @@ def skinny_config(x: Tensor, weight: Tensor) -> Mapping[str, int]:
     return launch_config("skinny", shape, device_facts(x.device)[0])
 
 
-def _normed(
-    x: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
+def _normed(x: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Tensor:
     if norm == "layer":
         return layer_norm(x, norm_weight, norm_bias, eps)
     return x if norm_weight is None or not norm else rms_norm(x, norm_weight, eps)
