@@ -13,7 +13,7 @@ from torch import Tensor
 # the host: an encoder of 12 layers of 768 at 1 x 128 took 10.9 ms with our kernels alone, 10.0 ms stock
 KERNEL_FROM = 1 << 22
 # whether the kernels of a graph begin while those before them end (`dsi_kernels._pdl`): a decoder of 7B took 3.61 and
-# 3.67 ms a token without, 3.54 and 3.60 with, 8 rows 4.16 and 4.19, 4.05 and 4.04 (H200); the same bits in 1,000 replays
+# 3.67 ms a token without, 3.54 and 3.60 with, 8 rows 4.16 and 4.19, 4.05 and 4.04 (H200); 1,000 replays agree in bits
 DEPENDENT = True
 
 IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
