@@ -28,14 +28,14 @@ def _kernels(timeline, names, spacing=10.0, length=8.0):
 
 def test_a_step_is_what_repeats_not_a_layer(timeline):
     names = [*"pppp", *(["embed", *["qkv", "out"] * 3, "head"] * 9), "copy"]
-    step, whole = timeline.one_step(_kernels(timeline, names))
+    step, whole = timeline.one_step(_kernels(timeline, names), 9)
     assert sorted(kernel.name for kernel in step) == sorted(["embed", *["qkv", "out"] * 3, "head"])
     assert whole == 80.0
 
 
 def test_nothing_repeats(timeline):
-    with pytest.raises(ValueError, match="not alike"):
-        timeline.one_step(_kernels(timeline, [str(place) for place in range(40)]))
+    with pytest.raises(ValueError, match="no kernel ran about 10 times"):
+        timeline.one_step(_kernels(timeline, [str(place) for place in range(40)]), 10)
 
 
 def test_times_that_lie_over_each_other_count_once(timeline):
