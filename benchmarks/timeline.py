@@ -102,13 +102,16 @@ def report(step: Sequence[Kernel], whole: float) -> str:
 
 def recorded(call: Callable[[], object]) -> list[Kernel]:
     """The kernels that a call runs on the device, as they begin."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as events:
         call()
         torch.cuda.synchronize()
     kernels = [
-        Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end) for event in events.events()
+        Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end)
+        for event in events.events()
+        if event.device_type is DeviceType.CUDA
     ]
     return sorted(kernels, key=lambda kernel: kernel.start)
 
