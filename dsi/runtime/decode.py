@@ -185,8 +185,8 @@ class DecodeRunner:
         for index, layer in enumerate(self._at(self.parts.layers)):
             if not layer.ops_name.startswith("triton"):
                 return f"{self.parts.layers}.{index}: its operations are {layer.ops_name}"
-            if layer.kept_mlp:
-                return f"{self.parts.layers}.{index}: its MLP is the model's own"
+            if layer.kept_mlp and (reason := _kept_obstacle(layer.mlp)):
+                return f"{self.parts.layers}.{index}.mlp: {reason}"
             if isinstance(layer, ShardedContainer):
                 return f"{self.parts.layers}.{index}: it is split over ranks"
         return ""
@@ -361,6 +361,17 @@ def _module_obstacle(module: nn.Module) -> str:
     patched = module.__dict__.get("forward")
     if patched is not None and not _harmless(patched):
         return "its forward is replaced"
+    return ""
+
+
+def _kept_obstacle(module: nn.Module) -> str:
+    """Why a graph would not do what calling the model's own module does, or "".
+
+    One that waits for the device cannot be captured: that shows when it is tried.
+    """
+    for path, part in module.named_modules():
+        if reason := _module_obstacle(part):
+            return f"{path}: {reason}" if path else reason
     return ""
 
 

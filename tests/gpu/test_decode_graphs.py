@@ -144,6 +144,50 @@ def test_a_seed_samples_what_stock_samples(arguments: dict[str, Any]) -> None:
         stop = [int(drawn[0][0][0, 10]), int(drawn[0][0][1, 12])]
 
 
+def _mixture(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=67, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, **settings,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval().to(DEVICE, torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_experts_step_in_graphs(batch: int) -> None:
+    """The step of the graph is the step without it: the same logits, but for the order of sums."""
+    model = _mixture()
+    engines = [dsi.init_inference(copy.deepcopy(model), enable_cuda_graph=on) for on in (False, None)]
+    ids = torch.randint(4, 67, (batch, 7), device=DEVICE)
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for _ in range(2):
+        without, within = (one.generate(ids, **settings) for one in engines)
+        route = engines[1].module._dsi.last_route
+        assert route.graph, route.reason
+        torch.testing.assert_close(within.logits[0], without.logits[0], rtol=0, atol=0.02)
+        same = (within.sequences == without.sequences).cumprod(1)[:, 7:].T
+        for step, (one, other) in enumerate(zip(within.logits, without.logits, strict=True)):
+            rows = same[step - 1].bool() if step else slice(None)
+            torch.testing.assert_close(one[rows], other[rows], rtol=0, atol=0.02)
+
+
+def test_experts_that_wait_for_the_host_step_without_a_graph() -> None:
+    model = _mixture(experts_implementation="eager")
+    engine = dsi.init_inference(copy.deepcopy(model))
+    ids = torch.randint(4, 67, (1, 7), device=DEVICE)
+    for _ in range(2):
+        found = engine.generate(ids, max_new_tokens=12, do_sample=False)
+        route = engine.module._dsi.last_route
+        assert not route.graph
+        assert "capturing a decode step failed" in route.reason
+    assert found.shape == (1, 19)
+    # the device's random numbers can be drawn again after it
+    torch.rand(2, device=DEVICE)
+
+
 @pytest.mark.parametrize("pad", [None, "left"])
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str)
 def test_beams(arguments: dict[str, Any], pad: Any) -> None:

@@ -22,6 +22,8 @@ from transformers import (
     FalconForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -31,6 +33,8 @@ from dsi.runtime import decode, fast_loop, graph_pool, graph_run, step_forward, 
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 from tests.support.models import inputs_for, tiny
 
+# as they are: the fixture takes the place of the second
+KEPT_OBSTACLE, GRAPH_OBSTACLE = decode._kept_obstacle, decode.DecodeRunner.graph_obstacle
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
@@ -373,6 +377,52 @@ def test_a_changed_model_gets_another_graph(change, graphs):
         change(model)
     pair.check(given)
     assert len(graphs) == 2
+
+
+def mixture() -> Pair:
+    config = MixtralConfig(
+        vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Pair(MixtralForCausalLM(config).eval())
+
+
+def expert_weights_moved(model: Any) -> None:
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.data = experts.down_proj.data.flip(0).clone()
+
+
+def test_experts_step_in_graphs(graphs):
+    pair = mixture()
+    for turn, batch in enumerate((1, 3, 1)):
+        pair.check(inputs_for("llama", batch, 7, seed=turn))
+    assert len(graphs) == 2
+    for model in (pair.stock, pair.ours):
+        expert_weights_moved(model)
+    pair.check(inputs_for("llama", 1, 7))
+    assert len(graphs) == 3
+
+
+def hooked(experts: nn.Module) -> None:
+    experts.register_forward_hook(lambda *_: None)
+
+
+def patched(experts: nn.Module) -> None:
+    experts.forward = lambda *given: type(experts).forward(experts, *given)
+
+
+@pytest.mark.parametrize(("change", "reason"), [(hooked, "it has forward hooks"), (patched, "its forward is replaced")])
+def test_what_watches_the_experts_is_called_at_every_step(change, reason):
+    pair = mixture()
+    runner, layer = pair.ours._dsi.runner, pair.ours.model.layers[1]
+    assert KEPT_OBSTACLE(layer.mlp) == ""
+    change(layer.mlp.experts)
+    assert KEPT_OBSTACLE(layer.mlp) == f"experts: {reason}"
+    for one in runner.model.model.layers:
+        # the device's table of operations: no graph is asked for on a CPU
+        one.ops_name = "triton"
+    assert GRAPH_OBSTACLE(runner) == f"model.layers.1.mlp: experts: {reason}"
 
 
 def test_inference_mode_or_not():
