@@ -64,6 +64,30 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+class Biased(NamedTuple):
+    """The mask of a step whose scores are biased by slope * place of the key: a kernel computes the biases itself.
+
+    mask: bool [1 or B, 1, 1, T], True = attend, or None; slopes: float32 [heads]; places: int64 [B, T], or None where a
+    key's place is its position; rounded: the dtype that slopes, places and products are rounded to, None for float32;
+    scale: multiplies the biases once they have the dtype of the scores.
+    """
+
+    mask: Tensor | None
+    slopes: Tensor
+    places: Tensor | None
+    rounded: torch.dtype | None
+    scale: float
+
+    def additive(self, dtype: torch.dtype, length: int) -> Tensor:
+        """The first `length` keys' biases, [1 or B, heads, 1, length], and the dtype's minimum where one is masked."""
+        places = self.places
+        places = torch.arange(length, device=self.slopes.device)[None] if places is None else places[:, :length]
+        slopes = self.slopes if self.rounded is None else self.slopes.to(self.rounded)
+        bias = (slopes.view(1, -1, 1, 1) * places[:, None, None]).to(dtype)
+        bias = bias * self.scale if self.scale != 1.0 else bias
+        return bias if self.mask is None else bias.masked_fill(~self.mask[..., :length], torch.finfo(dtype).min)
+
+
 class NormOp(nn.Module):
     """A normalization that shares its parameters with the stock module it stands for.
 
@@ -269,7 +293,7 @@ class AtenOps:
         shape: Heads,
         rope: Rope | None,
         kv: Any,
-        mask: Tensor | None,
+        mask: Tensor | Biased | None,
         scale: float,
         softcap: float | None = None,
         norms: HeadNorms = None,
@@ -281,10 +305,11 @@ class AtenOps:
         The cache layer knows the window itself, but for a graph's, which shows whole buffers.
         """
         q, k, v = self.append(qkv, shape, rope, kv, norms, repeat)
+        seen = mask.additive(q.dtype, k.shape[2]) if isinstance(mask, Biased) else mask
         if window is not None and kv.filled is not None:
             recent = (torch.arange(k.shape[2], device=k.device) >= kv.filled - window).view(1, 1, 1, -1)
-            mask = recent if mask is None else mask & recent
-        return self.decode(q, k, v, mask, scale, softcap, kv.filled)
+            seen = recent if seen is None else seen & recent
+        return self.decode(q, k, v, seen, scale, softcap, kv.filled)
 
     def attend(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import IN_GRAPH, torch_wins
-from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
+from dsi.containers.ops import AtenOps, Biased, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.triton_products import linear_product, norm_arguments, product_of
 
 
@@ -69,7 +69,7 @@ class TritonStepOps(AtenOps):
         shape: Heads,
         rope: Rope | None,
         kv: Any,
-        mask: Tensor | None,
+        mask: Tensor | Biased | None,
         scale: float,
         softcap: float | None = None,
         norms: HeadNorms = None,
@@ -83,9 +83,10 @@ class TritonStepOps(AtenOps):
 
         start, k, v = kv.reserve(qkv.shape[0], shape, 1, qkv)
         heads, kv_heads, _ = shape
+        mask, alibi = (mask.mask, _alibi(mask)) if isinstance(mask, Biased) else (mask, None)
         return dsi_kernels.step_attention(
             qkv, k, v, start, heads, kv_heads, rope=_step_rope(rope), norm=_head_norm(norms), mask=mask, scale=scale,
-            softcap=softcap, window=window, ring=kv.ring, tickets=kv.tickets[: qkv.shape[0] * kv_heads],
+            softcap=softcap, alibi=alibi, window=window, ring=kv.ring, tickets=kv.tickets[: qkv.shape[0] * kv_heads],
         )  # fmt: skip
 
     def decode(
@@ -107,8 +108,15 @@ class TritonStepOps(AtenOps):
         return out.reshape(q.shape[0], -1)
 
 
-def _additive(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype is not torch.bool
+def _additive(mask: Tensor | Biased | None) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype is not torch.bool
+
+
+def _alibi(biased: Biased) -> Any:
+    from dsi_kernels.step_attention import StepAlibi
+
+    rounded = "" if biased.rounded is None else str(biased.rounded).removeprefix("torch.")
+    return StepAlibi(biased.slopes, biased.places, rounded, biased.scale)
 
 
 def _alike(norms: HeadNorms) -> bool:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from dsi.containers.ops import Biased
 from dsi.containers.transformer import TransformerLayer
 from dsi.policy import Alibi
 
@@ -29,35 +30,21 @@ def _powers(heads: int, exponents: Tensor) -> Tensor:
     return torch.pow(base, exponents)
 
 
-class AlibiSteps:
-    """The additive mask of each decode step: biases of the keys, and the dtype's minimum where a key is masked.
+def biases_of(alibi: Alibi, layer: TransformerLayer, device: torch.device) -> Biased:
+    """The biases of a text without padding.
 
     Args:
         alibi: how the model rounds and scales.
-        layer: any of the layers; its heads, scale and dtype count.
-        mask: bool [B, 1, 1, capacity], True = attend, or None.
-        capacity: the longest text.
+        layer: any of the layers; its heads and scale count.
         device: of the layers.
     """
+    rounded: torch.dtype | None = getattr(torch, alibi.rounded) if alibi.rounded else None
+    own = slopes(layer.all_heads).to(device)
+    own = own if rounded is None else own.to(rounded).float()
+    return Biased(None, own, None, rounded, layer.scale if alibi.scaled else 1.0)
 
-    def __init__(
-        self, alibi: Alibi, layer: TransformerLayer, mask: Tensor | None, capacity: int, device: torch.device
-    ) -> None:
-        per_head = slopes(layer.all_heads).to(device).view(1, -1, 1, 1)
-        self.slopes = per_head.to(getattr(torch, alibi.rounded)) if alibi.rounded else per_head
-        self.scale = layer.scale if alibi.scaled else 1.0
-        self.dtype = layer.dtype
-        self.masked = None if mask is None else ~mask
-        if mask is None:
-            self.positions = torch.arange(capacity, device=device).view(1, 1, 1, -1)
-        else:
-            self.positions = (mask.long().cumsum(dim=-1) - 1) * mask
 
-    def __call__(self, length: int) -> Tensor:
-        """[1 or B, heads, 1, length]: of the newest query, over `length` keys, its own included."""
-        bias = (self.slopes * self.positions.narrow(3, 0, length)).to(self.dtype)
-        if self.scale != 1.0:
-            bias = bias * self.scale
-        if self.masked is None:
-            return bias
-        return bias.masked_fill(self.masked.narrow(3, 0, length), torch.finfo(self.dtype).min)
+def places_of(mask: Tensor) -> Tensor:
+    """int64 [B, T]: how many keys before each are attended to, 0 where it is not itself; mask is bool [B, 1, 1, T]."""
+    rows = mask[:, 0, 0]
+    return (rows.long().cumsum(dim=-1) - 1) * rows

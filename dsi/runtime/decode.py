@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
-from dsi.containers.ops import NormOp, Rope
+from dsi.containers.ops import Biased, NormOp, Rope
 from dsi.errors import PolicyError
 from dsi.parallel import ShardedContainer
 from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
-from dsi.runtime.alibi import AlibiSteps
+from dsi.runtime.alibi import biases_of
 from dsi.runtime.rope_table import RopeTable, identity, rope_rows
 
 # weights of the head from which oneDNN reads them faster than MKL, at one row as at sixteen: 2-core Zen 3 (AVX2) and
@@ -44,6 +44,7 @@ class Step:
         positions: the position embedding [N, H], or None.
         rope: (hidden states, positions) -> rotary terms, or None.
         tail: what comes after the layers, in order; the last gives logits [B, 1, vocab].
+        biases: of the scores, or None.
     """
 
     def __init__(
@@ -54,22 +55,25 @@ class Step:
         positions: Tensor | None,
         rope: Callable[[Tensor, Tensor | int], Rope] | None,
         tail: list[Op],
+        biases: Biased | None,
     ) -> None:
         self.decoders, self.embed, self.positions = decoders, embed, positions
-        self.rope, self.tail = rope, tail
+        self.rope, self.tail, self.biases = rope, tail, biases
 
     def __call__(self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | None) -> Tensor:
         """`logits`, as float32."""
         return self.logits(token_ids, positions, cache, mask).float()
 
-    def logits(self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | None) -> Tensor:
+    def logits(
+        self, token_ids: Tensor, positions: Tensor | int, cache: Iterable[Any], mask: Tensor | Biased | None
+    ) -> Tensor:
         """Logits of the next token, [B, vocab].
 
         Args:
             token_ids: int64 [B, 1].
             positions: int64 [B, 1], or an int where all rows stand at the same position: that saves the gathers.
             cache: the cache's layers, in order; each grows by one position.
-            mask: of the layers' `decode`.
+            mask: of the layers' `decode`; where there are biases, with them.
         """
         hidden = token_ids
         for op in self.embed:
@@ -79,7 +83,7 @@ class Step:
         rope = None if self.rope is None else self.rope(hidden, positions)
         hidden = hidden.squeeze(1)
         for decode, kv in zip(self.decoders, cache, strict=True):
-            hidden = decode(hidden, kv, rope, mask if mask is None else kv.seen(mask))
+            hidden = decode(hidden, kv, rope, kv.seen(mask) if isinstance(mask, Tensor) else mask)
         for op in self.tail:
             hidden = op(hidden)
         return hidden
@@ -152,18 +156,13 @@ class DecodeRunner:
         """Why steps would not do what the model's own forward does, as the model is now; "" where they do."""
         return _context_obstacle() or self._module_obstacle() or self._table_obstacle()
 
-    def biases(self, mask: Tensor | None, capacity: int) -> AlibiSteps | None:
-        """What makes the additive mask of each step; None where a step takes the mask as it is.
-
-        Args:
-            mask: bool [B, 1, 1, capacity], True = attend, or None.
-            capacity: the longest text.
-        """
+    def biases(self) -> Biased | None:
+        """Position biases of the scores, of a text without padding; None where the model has none."""
         alibi = self.parts.alibi
         if alibi is None:
             return None
         layer = self._at(self.parts.layers)[0]
-        return AlibiSteps(alibi, layer, mask, capacity, next(layer.parameters()).device)
+        return biases_of(alibi, layer, next(layer.parameters()).device)
 
     def parts_identity(self) -> tuple[Any, ...]:
         """Differs once a layer or a part around them is another module, or a number that it computes with changed."""
@@ -206,6 +205,7 @@ class DecodeRunner:
             positions=None if parts.positions is None else self._position_rows(parts.positions),
             rope=self._own_rope(reach) if parts.rotary is None else self._rope(parts.rotary, reach),
             tail=[op for op in tail if op is not None],
+            biases=self.biases(),
         )
 
     # --- looking up -------------------------------------------------------------------------------------------

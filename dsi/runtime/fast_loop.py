@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from dsi.runtime.alibi import places_of
 from dsi.runtime.graph_run import GraphRun, Text, graph_obstacle
 from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
 from dsi.runtime.route import cache_reason, window_reason
@@ -203,7 +204,6 @@ class _Loop:
                 positions=self.positions,
                 reach=self.reach,
                 mask=self.mask,
-                biases=None if self.biases is None else self.biases(self.length + self.new),
                 end_ids=end_ids,
                 pad=ending.pad_id,
                 sampling=sampling,
@@ -265,7 +265,9 @@ class _Loop:
         self.length = self.cache.get_seq_length()
         assert self.session.runner is not None
         self.mask = _future_mask(self.inputs.get("attention_mask"), self.length + self.new)
-        self.biases = self.session.runner.biases(self.mask, self.length + self.new)
+        self.biases = self.session.runner.biases()
+        if self.biases is not None and self.mask is not None:
+            self.biases = self.biases._replace(mask=self.mask, places=places_of(self.mask))
         return logits
 
     def _decode(self, tokens: Tensor) -> Tensor:
@@ -273,7 +275,7 @@ class _Loop:
             return self.graph.take(tokens)
         self.length += 1
         if self.biases is not None:
-            mask: Tensor | None = self.biases(self.length)
+            mask: Tensor | None = self.biases.additive(self.layers[0].keys.dtype, self.length)
         else:
             mask = None if self.mask is None else self.mask.narrow(3, 0, self.length)
         logits = self.step(tokens[:, None], self.positions, self.layers, mask)

@@ -53,7 +53,6 @@ class Text:
         positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
         reach: the steps to come stay below this position.
         mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
-        biases: additive [1 or B, heads, 1, T], in the place of the mask, which they know.
         end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
         sampling: how the graph chooses tokens, or None for the most likely.
         seen: int8 [B, vocabulary], tokens that came before, where the choice asks for them.
@@ -62,7 +61,6 @@ class Text:
     positions: Tensor | int
     reach: int
     mask: Tensor | None
-    biases: Tensor | None = None
     end_ids: list[int] = attrs.field(factory=list)
     pad: Tensor | None = None
     sampling: Sampling | None = None
@@ -91,7 +89,6 @@ class GraphRun:
             ends=len(text.end_ids),
             sampled=choice is not None and choice.sampled,
             penalized=0 if choice is None or choice.penalty is None else choice.vocabulary,
-            biased=0 if text.biases is None else text.biases.shape[1],
         )
         self.graph: StepGraph | None = None
         # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
@@ -112,8 +109,7 @@ class GraphRun:
                 layer.clear_rest()
         length = self.cache.get_seq_length()
         self.first_length = length - self.taken
-        mask = text.mask if text.biases is None else text.biases
-        graph.begin(tokens, text.positions + self.taken, length, mask)
+        graph.begin(tokens, text.positions + self.taken, length, text.mask)
         graph.set_ends(text.end_ids, text.pad)
         if text.sampling is not None:
             graph.set_sampling(text.sampling.settings, text.seen)

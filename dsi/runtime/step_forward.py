@@ -157,6 +157,4 @@ def _obstacle(config: Any, runner: DecodeRunner, given: dict[str, Any]) -> str:
         return f"{config.num_hidden_layers} of {runner.layers} layers are asked for"
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return "the config asks for hidden states or attentions"
-    if runner.parts.alibi is not None:
-        return "the scores are biased by position"
     return runner.obstacle() or runner.graph_obstacle()

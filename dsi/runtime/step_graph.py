@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
-from dsi.containers.ops import Heads
+from dsi.containers.ops import Biased, Heads
+from dsi.runtime.alibi import places_of
 from dsi.runtime.decode import Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
@@ -67,7 +68,6 @@ class GraphKey:
         ends: how many end tokens there are.
         sampled: tokens are drawn; otherwise the most likely one is taken.
         penalized: how many tokens the vocabulary has, where those that came before are counted; 0 where not.
-        biased: how many heads have position biases, which make the mask an additive one; 0 where none.
     """
 
     batch: int
@@ -75,7 +75,6 @@ class GraphKey:
     ends: int
     sampled: bool = False
     penalized: int = 0
-    biased: int = 0
 
 
 class StepGraph:
@@ -106,7 +105,10 @@ class StepGraph:
         self.history = torch.zeros(rows, self.capacity, **integers)
         self.ends, self.pad = torch.full((max(key.ends, 1),), -1, **integers), torch.zeros((), **integers)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.mask = self._empty_mask(layers[0].keys)
+        wide = (rows, 1, 1, self.capacity)
+        self.mask = torch.ones(wide, dtype=torch.bool, device=device) if key.masked else None
+        # of padded rows' keys
+        self.places = torch.zeros(rows, self.capacity, **integers) if key.masked and step.biases is not None else None
         # how tokens are chosen, which of them came before, and whether logits were no distribution
         self.settings = torch.tensor(sampling_settings(), dtype=torch.float32, device=device)
         self.seen = torch.zeros(rows, key.penalized, dtype=torch.int8, device=device) if key.penalized else None
@@ -114,13 +116,6 @@ class StepGraph:
         self._count_from(cache.get_seq_length())
         self.layers = [GraphLayer(layer, start, filled) for layer in layers]
         self.graph, self.logits = self._captured(pool)
-
-    def _empty_mask(self, like: Tensor) -> Tensor | None:
-        if self.key.biased:
-            rows = self.key.batch if self.key.masked else 1
-            return like.new_zeros(rows, self.key.biased, 1, self.capacity)
-        shape = (self.key.batch, 1, 1, self.capacity)
-        return torch.ones(shape, dtype=torch.bool, device=like.device) if self.key.masked else None
 
     def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         stream = torch.cuda.Stream(self.counters.device)
@@ -137,7 +132,10 @@ class StepGraph:
     def _run(self) -> Tensor:
         import dsi_kernels
 
-        logits = self.step.logits(self.tokens, self.positions, self.layers, self.mask)
+        mask: Tensor | Biased | None = self.mask
+        if self.step.biases is not None:
+            mask = self.step.biases._replace(mask=self.mask, places=self.places)
+        logits = self.step.logits(self.tokens, self.positions, self.layers, mask)
         ending = {"finished": self.finished, "ends": self.ends, "pad": self.pad} if self.key.ends else {}
         state = (self.tokens, self.history, self.positions, self.counters)
         if not (self.key.sampled or self.key.penalized):
@@ -159,7 +157,7 @@ class StepGraph:
             tokens: int64 [B], the first tokens to feed.
             positions: where they stand.
             length: positions in the cache.
-            mask: bool [B, 1, 1, T], True = attend, additive [1 or B, heads, 1, T], or None.
+            mask: bool [B, 1, 1, T], True = attend, or None.
         """
         torch.cuda.current_stream().wait_event(self.done)
         self.tokens.copy_(tokens[:, None])
@@ -168,10 +166,12 @@ class StepGraph:
         self.history[:, 0] = tokens
         self.finished.fill_(False)
         if self.mask is not None and mask is not None:
-            self.mask.fill_(not self.key.biased)
+            self.mask.fill_(True)
             # of a text that is to outgrow the cache, the part that has room
             known = mask[..., : self.capacity]
             self.mask[..., : known.shape[-1]] = known
+            if self.places is not None:
+                self.places.copy_(places_of(self.mask))
 
     def set_ends(self, end_ids: list[int], pad: Tensor | None) -> None:
         """The tokens that end a row, and what follows them."""

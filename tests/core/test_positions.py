@@ -18,7 +18,7 @@ from dsi.containers.ops import AtenOps, Rope, rotate, with_bias
 from dsi.containers.tables import TABLES
 from dsi.containers.triton_ops import TritonLayerOps
 from dsi.policy import Alibi, Attr, Call, Const, Inverse, Linear, RotaryTable
-from dsi.runtime.alibi import AlibiSteps, slopes
+from dsi.runtime.alibi import biases_of, places_of, slopes
 from dsi_gpts.bloom import BLOOM
 from dsi_gpts.falcon import TWO_NORMS
 from dsi_gpts.gptj import GPTJ
@@ -247,7 +247,7 @@ def test_one_query_of_grouped_heads_takes_a_bias_a_head(rows):
 class _Layer:
     """As much of a layer as a step of biases asks for."""
 
-    scale, dtype = 0.5, torch.float32
+    scale = 0.5
 
     def __init__(self, heads: int) -> None:
         self.all_heads = heads
@@ -270,9 +270,11 @@ def test_biases_of_a_step_are_the_model_s(alibi, stock, scale, pad):
     # slopes of twelve heads are no powers of two, so that a rounding shows
     wanted = stock(mask, 12, torch.float32).view(3, 12, 1, 9) * scale
     allowed = None if pad is None else mask[:, None, None].bool()
-    steps = AlibiSteps(alibi, _Layer(12), allowed, 9, torch.device("cpu"))
+    biased = biases_of(alibi, _Layer(12), torch.device("cpu"))
+    if allowed is not None:
+        biased = biased._replace(mask=allowed, places=places_of(allowed))
     for length in (4, 9):
-        found = steps(length).expand(3, 12, 1, length)
+        found = biased.additive(torch.float32, length).expand(3, 12, 1, length)
         kept = mask[:, None, None, :length].bool().expand(3, 12, 1, length)
         assert torch.equal(found[kept], wanted[..., :length][kept])
         assert (found[~kept] == torch.finfo(torch.float32).min).all()

@@ -10,7 +10,7 @@ from torch import nn
 
 import dsi_kernels
 from dsi.containers.launches import graph_kernels
-from dsi.containers.ops import AtenOps, Heads, NormOp, Rope
+from dsi.containers.ops import AtenOps, Biased, Heads, NormOp, Rope
 from dsi.containers.triton_ops import TritonLayerOps, TritonOps
 from dsi_kernels import step_attention
 
@@ -61,10 +61,18 @@ CASES = {
     "repeated": {"repeat": 2, "pairs": False},
     "masked": {"masked": True},
     "capped": {"softcap": 2.0, "masked": True},
+    "biased": {"biased": {}},
+    "biased, masked": {"biased": {"rounded": torch.bfloat16, "scale": 0.3}, "masked": True},
 }
 
 
-def both(table, device, *, pairs=None, repeat=1, masked=False, softcap=None, **options):
+def with_biases(mask, device, rounded=None, scale=1.0):
+    slopes = torch.tensor([0.5, 0.25, 0.3, 0.7], device=device)
+    slopes = slopes if rounded is None else slopes.to(rounded).float()
+    return Biased(mask, slopes, None if mask is None else mask[:, 0, 0].long().cumsum(1), rounded, scale)
+
+
+def both(table, device, *, pairs=None, repeat=1, masked=False, softcap=None, biased=None, **options):
     """(torch's, the kernel's) outputs and caches."""
     torch.manual_seed(0)
     if options.get("norms") is not None:
@@ -72,6 +80,8 @@ def both(table, device, *, pairs=None, repeat=1, masked=False, softcap=None, **o
     qkv, kv = torch.randn(3, 8 * 16, device=device), layer(repeat, device)
     terms = None if pairs is None else rope(device, pairs=pairs)
     mask = torch.rand(3, 1, 1, 40, device=device) > 0.3 if masked else None
+    if biased is not None:
+        mask = with_biases(mask, device, **biased)
     results = []
     for ops, given in ((AtenOps(), terms and terms.taken()), (table, terms)):
         own = kv._replace(keys=kv.keys.clone(), values=kv.values.clone())

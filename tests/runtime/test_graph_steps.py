@@ -481,6 +481,7 @@ def test_position_biases(family, pad):
         # what transformers initialises gives small logits, and often one token all along
         one, other = (model.generate(**given, **GREEDY, **settings).logits for model in (pair.stock, pair.ours))
         torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=0, atol=1e-6)
+        pair.check(given, num_beams=2)
 
 
 def test_a_window_much_shorter_than_the_text_keeps_its_own_cache(monkeypatch):
