@@ -168,7 +168,7 @@ class DecodeRunner:
         """Differs once a layer or a part around them is another module, or a number that it computes with changed."""
         modules = [module for path in self._paths() for module in self._walk(path)] + list(self._at(self.parts.layers))
         rotary = self.parts.rotary
-        buffers = () if rotary is None else map(identity, self._at(rotary.path).buffers())
+        buffers = () if rotary is None else self._frequencies(rotary)
         cap = None if self.parts.logit_cap is None else _setting(self.parts.logit_cap, self.model)
         return (*map(id, modules), *buffers, cap)
 
@@ -177,10 +177,7 @@ class DecodeRunner:
         return any(layer.ops_name != "triton" or layer.softcap is not None for layer in self._at(self.parts.layers))
 
     def graph_obstacle(self) -> str:
-        """Why a step cannot be a CUDA graph, whatever it is given; "" where it can."""
-        rotary = self.parts.rotary
-        if rotary is not None and getattr(self._at(rotary.path), "rope_type", None) not in rotary.static_when:
-            return "the rotary terms are computed anew at each step"
+        """Why a step is not tried as a CUDA graph, whatever it is given; "" where it is."""
         for index, layer in enumerate(self._at(self.parts.layers)):
             if not layer.ops_name.startswith("triton"):
                 return f"{self.parts.layers}.{index}: its operations are {layer.ops_name}"
@@ -279,11 +276,21 @@ class DecodeRunner:
 
     def _rope(self, rotary: Rotary, reach: int) -> Callable[[Tensor, Tensor | int], Rope]:
         module, pairs = self._at(rotary.path), self._at(self.parts.layers)[0].rope_pairs
-        if getattr(module, "rope_type", None) in rotary.static_when:
+        if self._static(rotary):
             return self.table.bind(module, reach, pairs)
         return lambda hidden, positions: _computed(module, hidden, positions, pairs=pairs)
 
     # a rotary table that every layer has for itself
+
+    def _frequencies(self, rotary: Rotary) -> Iterator[tuple[Any, ...]]:
+        """What tells whether the rotary terms are others."""
+        module = self._at(rotary.path)
+        for buffer in module.buffers():
+            # a module that computes them at each step may write to its buffers then, and a graph has it write too
+            yield identity(buffer) if self._static(rotary) else (buffer.data_ptr(), buffer.dtype)
+
+    def _static(self, rotary: Rotary) -> bool:
+        return getattr(self._at(rotary.path), "rope_type", None) in rotary.static_when
 
     def _own_rows(self) -> Tensor | None:
         layer = next(iter(self._at(self.parts.layers)), None)

@@ -1,7 +1,7 @@
 """Rotary terms of every position, computed once by the model's own module and read from a table afterwards.
 
-Right only for rope types whose terms depend on the position alone, which the policy lists; dynamic and longrope depend
-on the length of the text, and are asked for at each step instead.
+Right only for rope types whose terms depend on the position alone, which the policy lists. Where they depend on the
+length of the text the module is asked at each step, in a graph too if it does not wait for the device.
 """
 
 from __future__ import annotations

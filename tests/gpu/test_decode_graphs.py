@@ -18,8 +18,8 @@ from tests.support.models import CAUSAL, inputs_for, tiny
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# their rotary terms depend on the length of the text
-ANEW = ("llama_dynamic", "llama_longrope")
+# their rotary terms depend on the length of the text, which the host is asked for
+WAITS = ("llama_dynamic",)
 
 
 class Pair:
@@ -43,8 +43,8 @@ class Pair:
         else:
             assert torch.equal(found.sequences, wanted.sequences)
         route = self.ours._dsi.last_route
-        if self.family in ANEW:
-            assert route.reason == "steps without a graph: the rotary terms are computed anew at each step"
+        if self.family in WAITS:
+            assert "capturing a decode step failed" in route.reason
         else:
             assert route.graph, route.reason
         return found

@@ -379,6 +379,15 @@ def test_a_changed_model_gets_another_graph(change, graphs):
     assert len(graphs) == 2
 
 
+def test_rotary_terms_of_the_text_s_length_are_computed_in_the_step(graphs):
+    """Texts that pass the length from which the terms are others, and texts after them that do not."""
+    pair = Pair(tiny("llama_longrope"))
+    for turn, (length, new) in enumerate(((28, 12), (6, 12), (40, 8), (6, 12))):
+        pair.check(inputs_for("llama", 2, length, seed=turn), max_new_tokens=new)
+    # the module writes to its buffer at each step, and the graph stays right
+    assert len(graphs) == 1
+
+
 def mixture() -> Pair:
     config = MixtralConfig(
         vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
