@@ -21,8 +21,8 @@ from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 
 BLOCK_V = 2048
-# the second kernel holds a block's figures of every row at once
-MAX_ROWS = 64
+# the second kernel holds the figures of every block of every row at once: of more rows than FEW there are fewer blocks
+FEW, MAX_ROWS = 64, 256
 
 
 def greedy_token_reference(
@@ -119,7 +119,7 @@ def greedy_token(
     """Choose each row's next token and move the loop's state on; everything but the logits is written in place.
 
     Args:
-        logits: [B, V], B up to 64, fp16, bf16 or fp32, contiguous.
+        logits: [B, V], B up to 256, fp16, bf16 or fp32, contiguous.
         tokens: int64 [B, 1], gets the chosen tokens.
         history: int64 [B, T], gets them at column counters[2], which must be below T.
         positions: int64 [B, 1], one is added.
@@ -141,13 +141,14 @@ def greedy_token(
     check_devices("greedy_token", logits=logits, **state, finished=finished, ends=ends, pad=pad)
 
     rows, V = logits.shape
-    blocks = triton.cdiv(V, BLOCK_V)
+    block = BLOCK_V if rows <= FEW else 4 * BLOCK_V
+    blocks = triton.cdiv(V, block)
     value = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
     count = 0 if ends is None else ends.numel()
     options = launch_options(logits.device)
     with torch.cuda.device_of(logits):
-        _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=BLOCK_V, num_warps=4, **options)
+        _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=block, num_warps=4, **options)
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,
             None if finished is None else finished.view(torch.int8), ends, pad, rows, blocks, V, history.stride(0),

@@ -144,6 +144,12 @@ def test_a_seed_samples_what_stock_samples(arguments: dict[str, Any]) -> None:
         stop = [int(drawn[0][0][0, 10]), int(drawn[0][0][1, 12])]
 
 
+@pytest.mark.parametrize("rows", [33, 65, 256])
+def test_many_rows(rows: int) -> None:
+    pair = Pair("llama")
+    pair.check(pair.inputs(rows, 6))
+
+
 def _mixture(**settings: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(

@@ -28,7 +28,7 @@ def both(logits, given, **ending):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "V"), [(1, 1), (1, 2049), (3, 67), (5, 6000)], ids=str)
+@pytest.mark.parametrize(("rows", "V"), [(1, 1), (1, 2049), (3, 67), (5, 6000), (64, 300), (65, 9000), (256, 40)], ids=str)
 def test_matches_reference(rows, V, dtype, device):
     given = state(device, rows)
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_rows_end_once_and_for_all(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(65, 4)}, r"logits \(65, 4\) must be \[1 to 64, V\]"),
+        ({"logits": torch.zeros(257, 4)}, r"logits \(257, 4\) must be \[1 to 256, V\]"),
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens \(3,\)"),
         ({"counters": torch.zeros(2, dtype=torch.int64)}, r"counters have shape \(2,\)"),
         ({"positions": torch.zeros(3, 1)}, "positions is torch.float32; int64"),
