@@ -28,7 +28,9 @@ def both(logits, given, **ending):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "V"), [(1, 1), (1, 2049), (3, 67), (5, 6000), (64, 300), (65, 9000), (256, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "V"), [(1, 1), (1, 2049), (3, 67), (5, 6000), (64, 300), (65, 9000), (256, 40)], ids=str
+)
 def test_matches_reference(rows, V, dtype, device):
     given = state(device, rows)
     for _ in range(3):
