@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
-from dsi.containers.linear import has_bf16
+from dsi.containers.linear import FusedLinear, has_bf16
 
 if TYPE_CHECKING:
     from dsi.containers.packing import Packing
@@ -166,6 +166,15 @@ def with_bias(mask: Tensor | None, bias: Tensor, length: int, *, causal: bool) -
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
 
 
+def _adds_in_place(linear: Any, x: Tensor, residual: Tensor) -> bool:
+    """Whether a library's product adds itself to the residual, and is all that there is to do."""
+    # a rank's part of a layer has a class, and a sum, of its own
+    if type(linear) is not FusedLinear or linear.form != "aten" or linear.bias is not None:
+        return False
+    alike = x.dtype is residual.dtype is linear.weight.dtype
+    return alike and x.dim() > 2 and x.is_contiguous() and residual.is_contiguous()
+
+
 def _one_row(x: Tensor) -> bool:
     """A single fp32 row in host memory: its mean square is cheaper as a python float (10 us against 17 on a Zen 3)."""
     return x.dtype is torch.float32 and x.numel() == x.shape[-1] and x.device.type == "cpu" and x.is_contiguous()
@@ -227,6 +236,14 @@ class AtenOps:
     def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
         """linear(x) + residual."""
         return linear.add(x, residual)
+
+    def project_add_(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """As `project_add`; the sum may take the residual's place."""
+        if not _adds_in_place(linear, x, residual):
+            return self.project_add(linear, x, residual)
+        rows = residual.view(-1, linear.out_features)
+        rows.addmm_(x.view(-1, linear.in_features), linear._parameters["weight"].t())
+        return residual
 
     def activate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
         """activation(linear(x))."""

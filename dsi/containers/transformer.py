@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from dsi.containers.activations import KIND_OF_NAME
 from dsi.containers.base import Container, LayerCall
+from dsi.containers.first_positions import FirstPositions
 from dsi.containers.ops import HeadNorms, Heads, Rope, repeat_heads, with_bias
 from dsi.containers.triton_step import kernels_take
 from dsi.policy import Refusal, Slot
@@ -167,6 +168,8 @@ class TransformerLayer(Container):
         if index >= len(layers) or getattr(cache, "offloading", False):
             return None
         layer = layers[index]
+        if type(layer) is DynamicLayer:
+            return None if layer.is_initialized else FirstPositions(layer)
         # one with a window keeps the end alone of what is written
         return layer if hasattr(layer, "reserve") and not getattr(layer, "is_sliding", False) else None
 
@@ -208,18 +211,19 @@ class TransformerLayer(Container):
         return hidden
 
     def _mlp_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """mlp(x) + residual."""
+        """mlp(x) + residual, which is the layer's own to overwrite, and may be x."""
         if self.kept_mlp:
             return self._mlp(x) + residual
         down: Any = self._modules["down"]
         if x.numel() <= CHUNK * x.shape[-1]:
-            return self.ops.project_add(down, self._expand(x), residual)
+            return self.ops.project_add_(down, self._expand(x), residual)
         # row by row the same, so that what the MLP holds between its products does not grow with the text
-        rows, out = residual.reshape(-1, residual.shape[-1]), torch.empty_like(residual).view(-1, residual.shape[-1])
-        parts = zip(x.reshape(-1, x.shape[-1]).split(CHUNK), rows.split(CHUNK), out.split(CHUNK), strict=True)
-        for part, added, into in parts:
-            into.copy_(self.ops.project_add(down, self._expand(part[None]), added[None])[0])
-        return out.view(residual.shape)
+        rows = residual.view(-1, residual.shape[-1])
+        for part, into in zip(x.reshape(-1, x.shape[-1]).split(CHUNK), rows.split(CHUNK), strict=True):
+            total = self.ops.project_add_(down, self._expand(part[None]), added := into[None])
+            if total is not added:
+                added.copy_(total)
+        return residual
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.kept_mlp:

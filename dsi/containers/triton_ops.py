@@ -55,6 +55,11 @@ class TritonOps(TritonStepOps):
 
         return dsi_kernels.linear_fused(x, linear.weight, linear.bias, residual=residual, config=config)
 
+    def project_add_(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        if x.dim() < 3 or _fused(linear, x, "add") is not None:
+            return self.project_add(linear, x, residual)
+        return super().project_add_(linear, x, residual)
+
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
         if torch_wins(residual):
             return super().project_norm(linear, x, residual, norm)
