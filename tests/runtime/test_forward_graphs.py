@@ -11,6 +11,7 @@ import gc
 import pickle
 import random
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,26 @@ def test_a_structure_is_a_graph_from_its_second_call_on(family, graphs):
     for seed in range(1, 4):
         pair.check(given_to(family, 2, 9, seed))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "graph"),
+    [
+        (0.010, 11.0, True),
+        # the device is behind the host's back, and takes long
+        (0.010, 16.0, False),
+        # it waits for the host
+        (0.018, 18.5, True),
+        # something was compiled
+        (2.0, 2010.0, False),
+    ],
+)
+def test_a_forward_that_waits_for_the_host_is_a_graph_too(host, device, graph, monkeypatch):
+    pair, clock = Pair(tiny("bert")), iter([0.0, host] * 2)
+    monkeypatch.setattr(Nothing, "elapsed_time", lambda self, other: device)
+    monkeypatch.setattr(forward_pool, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    pair.check(given_to("bert", 2, 9), graph=False)
+    pair.check(given_to("bert", 2, 9, 1), graph=graph)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
