@@ -29,9 +29,6 @@ GROUP = 64
 # groups whose tokens one program holds at once
 CAP = 128
 BLOCK_V = 2048
-# elements of a block at least: of one element a vocabulary of up to 64 tokens failed on the H200, as all of 67 and more
-# did not
-LEAST = 16
 # tokens of a vocabulary: the maxima of all its groups are held at once
 MAX_VOCAB = 1 << 18
 # what `settings` holds, in order; the last is 1 / temperature, 1 / penalty, as torch divides by a number on CUDA
@@ -299,7 +296,8 @@ def _scores_kernel(
     tl.store(group_ptr + row * groups + g, tl.max(tl.reshape(x, (BLOCK_V // GROUP, GROUP)), axis=1), mask=g < groups)
 
 
-@triton.jit
+# a size of 1 is a constant to Triton, and one group or token then fails an assertion of its coalescing pass (3.6)
+@triton.jit(do_not_specialize=["V", "groups", "blocks"])
 def _choose_kernel(  # noqa: PLR0915 - one program does all for its row
     x_ptr, group_ptr, max_ptr, sum_ptr, picked_ptr, noise_ptr, settings_ptr, seen_ptr, value_ptr, index_ptr,
     invalid_ptr, V, groups, blocks, GROUP: tl.constexpr, CAP: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -431,8 +429,8 @@ def sample_token(
         )  # fmt: skip
         _choose_kernel[(rows,)](
             x, group, top, total, picked, noise, settings, seen, value, index, invalid.view(torch.int8), V, groups,
-            blocks, GROUP=GROUP, CAP=CAP, BLOCK_G=max(LEAST, triton.next_power_of_2(groups)),
-            BLOCK_B=max(LEAST, triton.next_power_of_2(blocks)), BLOCK_V=8192, num_warps=16, **options,
+            blocks, GROUP=GROUP, CAP=CAP, BLOCK_G=triton.next_power_of_2(groups),
+            BLOCK_B=triton.next_power_of_2(blocks), BLOCK_V=8192, num_warps=16, **options,
         )  # fmt: skip
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,

@@ -147,6 +147,10 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     state = (settings, one, ids, one, counters, invalid)
     dk.sample_token(wide, wide.float(), *state)
     dk.sample_token(wide, None, *state, torch.zeros(2, 32000, dtype=torch.int8), done, counters, one[0, 0])
+    for V in (1, 10):
+        # sizes of 1 are constants to the compiler
+        case(f"sample token of {V}")
+        dk.sample_token(wide[:, :V].contiguous(), torch.zeros(2, V), *state)
     case("input flags")
     dk.input_flags(ids, ids, done[None], counters[:1], counters[:1], 9)
     dk.input_flags(None, None, ids, counters[:1], counters[:1], 9)
