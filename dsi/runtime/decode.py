@@ -130,6 +130,10 @@ class DecodeRunner:
         """Number of layers, each with its own layer of the cache."""
         return len(self._at(self.parts.layers))
 
+    def containers(self) -> list[Any]:
+        """The layers, in order."""
+        return list(self._at(self.parts.layers))
+
     @property
     def learned_positions(self) -> int | None:
         """How many positions the position embedding, or the layers' rotary table, holds; None where there is none."""

@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from dsi.runtime.alibi import places_of
 from dsi.runtime.graph_run import GraphRun, Text, graph_obstacle
 from dsi.runtime.kv_cache import RESERVE, PreallocatedLayer, preallocate_
+from dsi.runtime.prompt_start import PromptStart
 from dsi.runtime.route import cache_reason, window_reason
 from dsi.runtime.sampling import Sampling, known_sampling
 from dsi.runtime.session import Route, Session, session_of
@@ -49,11 +50,11 @@ def fast_sample(
     model_kwargs.pop("tokenizer", None)
     loop = _Loop(model, session, input_ids, generation_config, model_kwargs)
     ending = _Ending(stopping_criteria, generation_config, input_ids)
-    logits = loop.prefill(input_ids)
     # events and captures belong to the current device
-    on_device = torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
-    with model._optimize_model_for_decode(), on_device:
-        return loop.run(input_ids, logits, logits_processor, ending, streamer)
+    with torch.cuda.device(input_ids.device) if input_ids.is_cuda else nullcontext():
+        logits = loop.prefill(input_ids)
+        with model._optimize_model_for_decode():
+            return loop.run(input_ids, logits, logits_processor, ending, streamer)
 
 
 def _obstacle(session: Session, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> str:
@@ -256,19 +257,33 @@ class _Loop:
         """float32 logits [B, vocab] after the prompt, which fills the cache."""
         timed = nullcontext if self.session.timer is None else self.session.timer.prefill
         with timed():
-            first = not self.settings.is_assistant
-            outputs = self.model._prefill(input_ids, self.settings, self.inputs, is_first_iteration=first)
-            # a copy, not a view that keeps the logits of the whole prompt alive
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        assert outputs.past_key_values is self.cache, "the model gave back another cache"
+            mask = self.inputs.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            start = PromptStart(self.session, self.step, self.inputs, kept=self.own_cache and not self._returned)
+            logits = start.logits(input_ids, padded=padded)
+            if logits is None:
+                logits = self._models_own(input_ids)
         self.layers: list[PreallocatedLayer] = self.cache.layers
         self.length = self.cache.get_seq_length()
         assert self.session.runner is not None
-        self.mask = _future_mask(self.inputs.get("attention_mask"), self.length + self.new)
+        self.mask = _future_mask(mask, self.length + self.new) if mask is not None and padded else None
         self.biases = self.session.runner.biases()
         if self.biases is not None and self.mask is not None:
             self.biases = self.biases._replace(mask=self.mask, places=places_of(self.mask))
         return logits
+
+    def _models_own(self, input_ids: Tensor) -> Tensor:
+        """float32 logits [B, vocab] of the model's own forward."""
+        first = not self.settings.is_assistant
+        outputs = self.model._prefill(input_ids, self.settings, self.inputs, is_first_iteration=first)
+        assert outputs.past_key_values is self.cache, "the model gave back another cache"
+        # a copy, not a view that keeps the logits of the whole prompt alive
+        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+
+    @property
+    def _returned(self) -> bool:
+        """The caller gets the cache."""
+        return bool(self.settings.return_dict_in_generate)
 
     def _decode(self, tokens: Tensor) -> Tensor:
         if self.graph is not None:
@@ -316,10 +331,8 @@ def _sampled(scores: Tensor) -> Tensor:
     return torch.multinomial(probabilities, num_samples=1).squeeze(1)
 
 
-def _future_mask(mask: Tensor | None, capacity: int) -> Tensor | None:
-    """bool [B, 1, 1, capacity], True = attend: the prompt's mask, then only True; None where nothing is padded."""
-    if mask is None or bool(mask.all()):
-        return None
+def _future_mask(mask: Tensor, capacity: int) -> Tensor:
+    """bool [B, 1, 1, capacity], True = attend: the prompt's mask, then only True."""
     future = torch.ones(mask.shape[0], 1, 1, capacity, dtype=torch.bool, device=mask.device)
     future[:, 0, 0, : mask.shape[1]] = mask
     return future

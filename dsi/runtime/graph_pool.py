@@ -18,6 +18,8 @@ from transformers import DynamicCache
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache
+from dsi.runtime.prompt_graph import PromptGraph, PromptGraphs, addresses_of
+from dsi.runtime.prompt_pass import PromptPass
 from dsi.runtime.sampling import noise_place, set_noise_place
 from dsi.runtime.step_graph import GraphKey, StepGraph
 
@@ -45,6 +47,7 @@ class GraphPool:
         self._memory: Any = None
         # bytes that idle caches may hold beside the latest
         self._spare = 0
+        self.prompts = PromptGraphs()
         # why no graph may be tried any more, and why the latest was not to be had
         self.failure = self.reason = ""
 
@@ -94,8 +97,8 @@ class GraphPool:
     def _written_to(self, cache: PreallocatedCache) -> bool:
         if not all(hasattr(layer, "buffers") for layer in cache.layers):
             return False
-        addresses = _addresses(cache)
-        return any(written == addresses for written, _ in self._graphs.values())
+        addresses = addresses_of(cache)
+        return any(written == addresses for written, _ in self._graphs.values()) or self.prompts.writes_to(addresses)
 
     def _idle_bytes(self) -> int:
         """Memory of all caches but the latest."""
@@ -103,13 +106,42 @@ class GraphPool:
 
     def _drop(self, cache: PreallocatedCache) -> None:
         """Let go of a cache's memory: graphs that write to it go too."""
-        addresses = _addresses(cache)
+        addresses = addresses_of(cache)
         for key in [key for key, (written, _) in self._graphs.items() if written == addresses]:
             del self._graphs[key]
+        self.prompts.drop(addresses)
 
     def forget(self, key: GraphKey) -> None:
         """Drop a graph: the cache that it writes to is somebody else's now."""
-        self._graphs.pop(key, None)
+        if (found := self._graphs.pop(key, None)) is not None:
+            self.prompts.drop(found[0])
+
+    def prompt(
+        self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, rows: int, length: int
+    ) -> PromptGraph | None:
+        """A graph of a prompt that fills this cache, whose buffers it has already; None where capturing failed."""
+        self._meet(model, runner)
+        reach = min(layer.capacity for layer in cache.layers)
+
+        def made() -> PromptPass:
+            return PromptPass(runner.bind(reach), runner.containers())
+
+        return self.prompts.get(cache, rows, length, made, self._pool())
+
+    def _meet(self, model: nn.Module, runner: DecodeRunner) -> None:
+        """Graphs that hold weights or parts that are no longer the model's go."""
+        if (parts := _parts(model, runner)) == self._model:
+            return
+        self._graphs.clear()
+        self.prompts.clear()
+        self._model = parts
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        self._spare = max(weights // SPARE, SPARE_BYTES)
+
+    def _pool(self) -> Any:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
 
     def get(
         self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int
@@ -117,13 +149,8 @@ class GraphPool:
         """A graph for this cache and positions below `reach`; None where capturing failed."""
         if self.failure:
             return None
-        if (parts := _parts(model, runner)) != self._model:
-            # all of them hold weights that are no longer the model's
-            self._graphs.clear()
-            self._model = parts
-            weights = sum(parameter.nbytes for parameter in model.parameters())
-            self._spare = max(weights // SPARE, SPARE_BYTES)
-        addresses = _addresses(cache)
+        self._meet(model, runner)
+        addresses = addresses_of(cache)
         found = self._graphs.pop(key, None)
         if found is None or found[0] != addresses or found[1].reach < reach:
             # let go of the old one's memory before the new one asks for its own
@@ -138,15 +165,13 @@ class GraphPool:
         return found[1]
 
     def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
         reach = max(reach, *(layer.capacity for layer in cache.layers))
         device = cache.layers[0].keys.device
         place = noise_place(device)
         try:
             # tensors made in inference mode could not be written to outside
             with torch.inference_mode(False), torch.no_grad():
-                made = StepGraph(runner.bind(reach), cache, key, reach, self._memory)
+                made = StepGraph(runner.bind(reach), cache, key, reach, self._pool())
             # what the step before the capture drew
             set_noise_place(device, place)
             return made
@@ -169,10 +194,6 @@ def rounded(positions: int) -> int:
     """The capacity of a cache for so many positions: at most a thirty-second more, or `ROUNDED_TO`."""
     step = max(ROUNDED_TO, (1 << positions.bit_length() - 1) // 32)
     return -(-positions // step) * step
-
-
-def _addresses(cache: PreallocatedCache) -> tuple[int, ...]:
-    return tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
 
 
 def _bytes(cache: PreallocatedCache) -> int:

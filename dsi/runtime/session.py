@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsi.runtime.graph_pool import GraphPool
     from dsi.runtime.kv_cache import PreallocatedCache
     from dsi.runtime.limits import Prompt
+    from dsi.runtime.prompt_pass import PromptRoute
     from dsi.runtime.step_forward import StepForward
     from dsi.runtime.unpadded import Unpadded
 
@@ -64,6 +65,7 @@ class Session:
         timer: None, or who measures.
         lock: held for the length of a `generate` call.
         last_route: what the latest `generate` call did.
+        last_prompt: how the latest prompt ran in dsi's loop.
         prompt: of the call that runs now.
         graphs: captured decode steps, on CUDA.
         running: `generate` calls under way, one inside the other.
@@ -83,6 +85,7 @@ class Session:
     # an RLock has no public type to name
     lock: Any = attrs.field(factory=threading.RLock, repr=False)
     last_route: Route | None = None
+    last_prompt: PromptRoute | None = None
     prompt: Prompt | None = attrs.field(default=None, repr=False)
     # None until the first call that could use it
     graphs: GraphPool | None = attrs.field(default=None, repr=False)

@@ -1,0 +1,211 @@
+"""Prompts as CUDA graphs, where the device would wait for the host: one for a number of rows and a bucket of lengths.
+
+A prompt is filled up to its bucket's length with ids that nobody sees: under a causal mask no position looks at those
+behind it, the last one's row is taken by its place, and the cache counts the prompt's positions alone, so that steps
+overwrite the rest. A graph writes to one cache's buffers and goes with them. The graphs of one model share the memory
+of what they hold between their products.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsi.containers.ops import Heads
+from dsi.runtime.capture import end_failed_capture
+from dsi.runtime.forward_graph import capture
+from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
+from dsi.runtime.prompt_pass import PromptPass
+
+logger = logging.getLogger(__name__)
+
+# graphs that a model keeps, and shapes whose time is remembered
+KEPT, REMEMBERED = 8, 256
+# tokens from which on no prompt waits for the host
+MOST = 2048
+# how much longer than the host a prompt of up to so many milliseconds may take to have waited for it; beyond, something
+# was compiled
+WAITING, COMPILING = 1.15, 30.0
+# the least bucket, and how many there are between two powers of two
+LEAST, STEPS = 16, 8
+
+
+def bucket(length: int) -> int:
+    """The least length of a graph that has room for so many positions: at most an eighth more, or 15."""
+    step = max(LEAST, (1 << (length - 1).bit_length() - 1) // STEPS) if length > 1 else LEAST
+    return -(-length // step) * step
+
+
+class PromptLayer:
+    """A cache layer as a prompt's graph sees it: the buffers, written from the start.
+
+    Args:
+        layer: whose buffers they are.
+        length: positions of the graph.
+    """
+
+    def __init__(self, layer: PreallocatedLayer, length: int) -> None:
+        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in layer.buffers())
+
+    def reserve(self, batch: int, shape: Heads, length: int, like: Tensor) -> tuple[int, Tensor, Tensor]:
+        """As of `PreallocatedLayer`."""
+        return 0, self.keys, self.values
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """All keys and values."""
+        return self.keys, self.values
+
+
+class PromptCache:
+    """The layers of a graph's cache, and the way that stock's layers write to them."""
+
+    def __init__(self, cache: PreallocatedCache, length: int) -> None:
+        self.layers = [PromptLayer(layer, length) for layer in cache.layers]
+
+    def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Write a whole prompt; returns it."""
+        layer = self.layers[index]
+        layer.keys.copy_(keys)
+        layer.values.copy_(values)
+        return layer.keys, layer.values
+
+
+class PromptGraph:
+    """A captured prompt and its inputs.
+
+    Args:
+        prompt: the model's parts, bound for as many positions as the cache has room for.
+        cache: holds buffers of `rows` rows.
+        rows, length: of the ids.
+        pool: of the allocator.
+    """
+
+    def __init__(self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, pool: Any) -> None:
+        device = cache.layers[0].buffers()[0].device
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+            self.positions = torch.arange(length, device=device)[None]
+            self.last = torch.zeros(1, dtype=torch.int64, device=device)
+        # the tables that the graph reads live as long as it
+        self.prompt, self.cache = prompt, PromptCache(cache, length)
+        # the latest text's logits are taken: the next text may come on another stream
+        self.done = torch.cuda.Event()
+        self.graph, self.logits = capture(self._run, device, pool)
+
+    def _run(self) -> Tensor:
+        return self.prompt.logits(self.ids, self.positions, self.cache, self.last)
+
+    def replay(self, ids: Tensor) -> Tensor:
+        """float32 logits [B, vocab] of a prompt, int64 [B, S]; its keys and values stand in the cache's buffers."""
+        torch.cuda.current_stream().wait_event(self.done)
+        self.ids[:, : ids.shape[1]].copy_(ids)
+        self.last.fill_(ids.shape[1] - 1)
+        self.graph.replay()
+        logits = self.logits.to(copy=True, dtype=torch.float32)
+        self.done.record()
+        return logits
+
+
+class Watch:
+    """What a prompt takes the host, and from its first launch to its end the device, in milliseconds."""
+
+    def __init__(self) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.host = 0.0
+
+    def __enter__(self) -> Watch:
+        self._events[0].record()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host = 1e3 * (time.perf_counter() - self._began)
+        self._events[1].record()
+
+    def device(self) -> float:
+        """Waits for the prompt's end."""
+        start, end = self._events
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+class PromptGraphs:
+    """The prompts' graphs of one model, least recently used out."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[tuple[int, int], tuple[tuple[int, ...], PromptGraph]] = OrderedDict()
+        self._watches: OrderedDict[tuple[int, int], Watch] = OrderedDict()
+        self.failure = ""
+
+    def watch(self, rows: int, length: int) -> Watch:
+        """Who measures a prompt that runs without a graph."""
+        watch = self._watches[rows, bucket(length)] = Watch()
+        if len(self._watches) > REMEMBERED:
+            self._watches.popitem(last=False)
+        return watch
+
+    def obstacle(self, rows: int, length: int) -> str:
+        """Why a prompt runs without a graph, or ""."""
+        key = rows, bucket(length)
+        if self.failure or rows * length > MOST:
+            return self.failure or f"more than {MOST} tokens"
+        if key in self._graphs:
+            return ""
+        watch = self._watches.get(key)
+        if watch is None:
+            return "the first prompt of about this length"
+        return "" if watch.device() < min(WAITING * watch.host, COMPILING) else "the device is the limit"
+
+    def get(
+        self, cache: PreallocatedCache, rows: int, length: int, prompt: Callable[[], PromptPass], pool: Any
+    ) -> PromptGraph | None:
+        """A graph that writes to this cache; None where capturing failed."""
+        key, addresses = (rows, bucket(length)), addresses_of(cache)
+        found = self._graphs.pop(key, None)
+        if found is None or found[0] != addresses:
+            # let go of the old one's memory before the new one asks for its own
+            found = None
+            made = self._made(cache, key, prompt, pool)
+            if made is None:
+                return None
+            found = addresses, made
+        self._graphs[key] = found
+        while len(self._graphs) > KEPT:
+            self._graphs.popitem(last=False)
+        return found[1]
+
+    def _made(
+        self, cache: PreallocatedCache, key: tuple[int, int], prompt: Callable[[], PromptPass], pool: Any
+    ) -> PromptGraph | None:
+        try:
+            return PromptGraph(prompt(), cache, *key, pool)
+        # whatever a capture, a compiler or a launcher raises: a prompt without a graph is right
+        except Exception as error:  # noqa: BLE001
+            end_failed_capture(cache.layers[0].buffers()[0].device)
+            self.failure = f"capturing a prompt failed: {error}"
+            logger.warning("%s", self.failure)
+            return None
+
+    def writes_to(self, addresses: tuple[int, ...]) -> bool:
+        """Whether a graph writes to the buffers at these addresses."""
+        return any(written == addresses for written, _ in self._graphs.values())
+
+    def drop(self, addresses: tuple[int, ...]) -> None:
+        """Graphs that write to these buffers go."""
+        for key in [key for key, (written, _) in self._graphs.items() if written == addresses]:
+            del self._graphs[key]
+
+    def clear(self) -> None:
+        """All graphs go: the model's weights or parts are others now."""
+        self._graphs.clear()
+
+
+def addresses_of(cache: PreallocatedCache) -> tuple[int, ...]:
+    """Where the buffers of a cache stand."""
+    return tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())
