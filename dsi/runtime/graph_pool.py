@@ -31,8 +31,9 @@ KEPT = 4
 SPARE, SPARE_BYTES = 20, 1 << 28
 # graphs that a model keeps: for batch sizes, kinds of mask, and ways to choose a token
 GRAPHS = 8
-# positions that caches for graphs are rounded up to, so that a longer text does not ask for a graph of its own at once
-ROUNDED_TO = 256
+# positions of all rows together that caches for graphs are rounded up to, and of one row at least, so that a longer
+# text does not ask for a graph of its own at once
+ROUNDED_TO, LEAST = 256, 16
 # layers with a window keep all positions, which a graph needs, of texts up to so many windows, or positions
 WHOLE_WINDOWS, WHOLE_BELOW = 2, 8192
 
@@ -62,10 +63,12 @@ class GraphPool:
         windows = [layer.sliding_window for layer in made.layers if hasattr(layer, "sliding_window")]
         if windows and (returned or positions > max(WHOLE_WINDOWS * min(windows), WHOLE_BELOW)):
             return PreallocatedCache.of(made, positions)
-        positions = rounded(positions)
+        grown = rows in self._caches
         # one that a captured step writes to already
         lent = self.lend(rows, positions)
-        return PreallocatedCache.of(made, positions, whole=True) if lent is None else lent
+        if lent is not None:
+            return lent
+        return PreallocatedCache.of(made, rounded(positions, rows, grown=grown), whole=True)
 
     def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
         """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
@@ -190,9 +193,17 @@ class GraphPool:
             return None
 
 
-def rounded(positions: int) -> int:
-    """The capacity of a cache for so many positions: at most a thirty-second more, or `ROUNDED_TO`."""
-    step = max(ROUNDED_TO, (1 << positions.bit_length() - 1) // 32)
+def rounded(positions: int, rows: int = 1, *, grown: bool = False) -> int:
+    """The capacity of a cache for so many positions: at most `ROUNDED_TO` of all rows together more, or a 32nd.
+
+    Args:
+        positions: of a row.
+        rows: of the cache.
+        grown: an earlier text of so many rows was shorter, and the next may be longer: `ROUNDED_TO` of each row more at
+            most, or an eighth.
+    """
+    together, share = (1, 8) if grown else (rows, 32)
+    step = max(ROUNDED_TO // together, min(ROUNDED_TO, LEAST), (1 << positions.bit_length() - 1) // share)
     return -(-positions // step) * step
 
 

@@ -13,10 +13,10 @@ import dsi
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# 0.9 GB of weights: activations and workspaces are small beside it, as they are beside a real model's
+# 2.5 GB of weights: a prompt's activations are to them as large as with LLaMA 1B, larger than with all bigger models
 SETTINGS = {
     "hidden_size": 2048,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "intermediate_size": 6144,

@@ -272,9 +272,33 @@ def test_a_text_too_short_for_a_graph_leaves_the_cache_to_the_next(graphs):
     assert len(graphs) == captured
 
 
-@pytest.mark.parametrize(("positions", "capacity"), [(1, 256), (256, 256), (257, 512), (9000, 9216), (20000, 20480)])
-def test_capacities(positions, capacity):
-    assert graph_pool.rounded(positions) == capacity
+@pytest.mark.parametrize(
+    ("positions", "rows", "grown", "capacity"),
+    [
+        (1, 1, False, 256),
+        (256, 1, False, 256),
+        (257, 1, False, 512),
+        (9000, 1, False, 9216),
+        (20000, 1, False, 20480),
+        # 8 rows take 8 times the memory: together no more than 256 positions are too many
+        (160, 8, False, 160),
+        (161, 8, False, 192),
+        (161, 64, False, 176),
+        (161, 8, True, 256),
+        (9000, 8, True, 9216),
+        (20000, 8, True, 20480),
+    ],
+)
+def test_capacities(positions, rows, grown, capacity):
+    assert graph_pool.rounded(positions, rows, grown=grown) == capacity
+
+
+def test_texts_that_grow_are_captured_a_few_times(graphs):
+    """24 turns of 8 rows, each 12 tokens longer than the one before."""
+    pair = llama(max_position_embeddings=512)
+    for turn in range(24):
+        pair.check(inputs_for("llama", 8, 9 + 12 * turn))
+    assert len(graphs) <= 3
 
 
 def test_a_text_outgrows_its_cache(monkeypatch):
