@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsi_kernels._pdl import begin, launch_options
+from dsi_kernels._launch import Launch, Launches, kind_of
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
 from dsi_kernels.rms_norm import rms_norm_reference
@@ -67,6 +68,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         ValueError: shapes, dtypes, layout or devices do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
+    key = (eps, SWITCH.get(), kind_of(x, residual, weight))
+    launch = _LAUNCHES.get(key, lambda: _launch(x, residual, weight, eps))
+    y, residual_out = torch.empty_like(x), torch.empty_like(x)
+    launch(x, residual, weight, y, residual_out)
+    return y, residual_out
+
+
+_LAUNCHES = Launches()
+
+
+def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Launch:
     check_row("add_rms_norm", "x", x, MAX_ROW_BYTES)
     D = x.shape[-1]
     if x.shape != residual.shape or weight.shape != (D,):
@@ -77,12 +89,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     check_contiguous("add_rms_norm", x=x, residual=residual, weight=weight)
     check_devices("add_rms_norm", x=x, residual=residual, weight=weight)
 
-    y, residual_out = torch.empty_like(x), torch.empty_like(x)
-    if rows := x.numel() // D:
-        block = triton.next_power_of_2(D)
-        warps = min(max(block // 256, 1), 16)
-        with torch.cuda.device_of(x):
-            _add_rms_norm_kernel[(rows,)](
-                x, residual, weight, y, residual_out, D, eps, BLOCK_D=block, num_warps=warps, **launch_options(x.device)
-            )
-    return y, residual_out
+    block, options = triton.next_power_of_2(D), launch_options(x.device)
+    fixed = (D, eps, block, options.pop("PDL"))
+    warps = min(max(block // 256, 1), 16)
+    return Launch(_add_rms_norm_kernel, (x.numel() // D,), fixed, {"num_warps": warps, **options})

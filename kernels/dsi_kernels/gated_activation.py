@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsi_kernels._pdl import begin, launch_options
+from dsi_kernels._launch import Launch, Launches, kind_of
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate, activate_reference, check_kind
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row
@@ -63,6 +64,17 @@ def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
         ValueError: shape, dtype, layout, device or kind does not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
+    dependent = SWITCH.get()
+    launch = _LAUNCHES.get((kind, dependent, kind_of(gate_up)), lambda: _launch(gate_up, kind))
+    y = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    launch(gate_up, y)
+    return y
+
+
+_LAUNCHES = Launches()
+
+
+def _launch(gate_up: Tensor, kind: str) -> Launch:
     check_kind("gated_activation", kind)
     check_row("gated_activation", "gate_up", gate_up, MAX_ROW_BYTES)
     if gate_up.shape[-1] % 2:
@@ -72,11 +84,6 @@ def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     check_devices("gated_activation", gate_up=gate_up)
 
     D = gate_up.shape[-1] // 2
-    y = torch.empty((*gate_up.shape[:-1], D), dtype=gate_up.dtype, device=gate_up.device)
-    if rows := y.numel() // D:
-        block = min(BLOCK, triton.next_power_of_2(D))
-        with torch.cuda.device_of(gate_up):
-            _gated_activation_kernel[(rows, triton.cdiv(D, block))](
-                gate_up, y, D, KIND=kind, BLOCK_D=block, **launch_options(gate_up.device)
-            )
-    return y
+    block, options = min(BLOCK, triton.next_power_of_2(D)), launch_options(gate_up.device)
+    grid = gate_up.numel() // (2 * D), triton.cdiv(D, block)
+    return Launch(_gated_activation_kernel, grid, (D, kind, block, options.pop("PDL")), options)

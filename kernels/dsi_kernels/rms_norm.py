@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsi_kernels._pdl import begin, launch_options
+from dsi_kernels._launch import Launch, Launches, kind_of
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
 
@@ -62,6 +63,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: shapes, dtypes, layout or devices do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
+    key = (eps, SWITCH.get(), kind_of(x, weight))
+    launch = _LAUNCHES.get(key, lambda: _launch(x, weight, eps))
+    y = torch.empty_like(x)
+    launch(x, weight, y)
+    return y
+
+
+_LAUNCHES = Launches()
+
+
+def _launch(x: Tensor, weight: Tensor, eps: float) -> Launch:
     check_row("rms_norm", "x", x, MAX_ROW_BYTES)
     D = x.shape[-1]
     if weight.shape != (D,):
@@ -70,10 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     check_contiguous("rms_norm", x=x, weight=weight)
     check_devices("rms_norm", x=x, weight=weight)
 
-    y = torch.empty_like(x)
-    if rows := x.numel() // D:
-        block = triton.next_power_of_2(D)
-        warps = min(max(block // 256, 1), 16)
-        with torch.cuda.device_of(x):
-            _rms_norm_kernel[(rows,)](x, weight, y, D, eps, BLOCK_D=block, num_warps=warps, **launch_options(x.device))
-    return y
+    block, options = triton.next_power_of_2(D), launch_options(x.device)
+    fixed = (D, eps, block, options.pop("PDL"))
+    warps = min(max(block // 256, 1), 16)
+    return Launch(_rms_norm_kernel, (x.numel() // D,), fixed, {"num_warps": warps, **options})

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsi_kernels._launch import Launch, Launches, kind_of
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.positions import position_stride, positions_reference, read_position
@@ -188,27 +189,37 @@ def rope_kv_write(
         ValueError: shapes, dtypes, layout, devices or an int start do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
+    at = kind_of(start if isinstance(start, Tensor) else None)
+    key = (heads, kv_heads, head_dim, kind_of(qkv, cos, sin, k_cache, v_cache), at)
+    launch = _LAUNCHES.get(key, lambda: _launch(qkv, cos, sin, k_cache, v_cache, start, heads, kv_heads, head_dim))
+    B, S, _ = qkv.shape
+    if isinstance(start, int) and not 0 <= start <= k_cache.shape[2] - S:
+        raise ValueError(
+            f"rope_kv_write: {S} tokens from start={start} on do not fit a cache of capacity {k_cache.shape[2]}"
+        )
+    q = torch.empty((B, S, heads, head_dim), dtype=qkv.dtype, device=qkv.device).transpose(1, 2)
+    launch(qkv, cos, sin, q, k_cache, v_cache, start)
+    return q
+
+
+_LAUNCHES = Launches()
+
+
+def _launch(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, k_cache: Tensor, v_cache: Tensor, start: int | Tensor,
+    heads: int, kv_heads: int, head_dim: int,
+) -> Launch:  # fmt: skip
     _check_qkv_and_caches(qkv, k_cache, v_cache, heads, kv_heads, head_dim)
     rotary = _check_rope(qkv, cos, sin, head_dim)
     check_devices("rope_kv_write", qkv=qkv, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     B, S, _ = qkv.shape
-    capacity = k_cache.shape[2]
     stride = position_stride("rope_kv_write", "start", start, B, qkv.device)
-    if isinstance(start, int) and not 0 <= start <= capacity - S:
-        raise ValueError(f"rope_kv_write: {S} tokens from start={start} on do not fit a cache of capacity {capacity}")
-
-    q = torch.empty((B, S, heads, head_dim), dtype=qkv.dtype, device=qkv.device).transpose(1, 2)
-    if tokens := B * S:
-        slots, block_d = heads + 2 * kv_heads, triton.next_power_of_2(head_dim)
-        block_h = 1 if tokens < MANY_TOKENS else min(triton.next_power_of_2(slots), max(1, TILE // block_d))
-        # a batch stride of 0 reads the one row of cos for every row of the batch
-        turns = (0, 0) if cos is None or sin is None else (cos.stride(0) * (cos.shape[0] > 1), cos.stride(1))
-        more = (0, 0) if cos is None or sin is None else (sin.stride(0) * (sin.shape[0] > 1), sin.stride(1))
-        with torch.cuda.device_of(qkv):
-            _rope_kv_write_kernel[(tokens, triton.cdiv(slots, block_h))](
-                qkv, cos, sin, q, k_cache, v_cache, start, S, capacity, heads, kv_heads,
-                *turns, *more, *k_cache.stride()[:3], *v_cache.stride()[:3],
-                START_STRIDE=stride, HEAD_DIM=head_dim, ROTARY=rotary, BLOCK_H=block_h, BLOCK_D=block_d,
-                num_warps=4 if block_h > 1 else 1,
-            )  # fmt: skip
-    return q
+    tokens, slots, block_d = B * S, heads + 2 * kv_heads, triton.next_power_of_2(head_dim)
+    block_h = 1 if tokens < MANY_TOKENS else min(triton.next_power_of_2(slots), max(1, TILE // block_d))
+    # a batch stride of 0 reads the one row of cos for every row of the batch
+    turns = (0, 0) if cos is None or sin is None else (cos.stride(0) * (cos.shape[0] > 1), cos.stride(1))
+    more = (0, 0) if cos is None or sin is None else (sin.stride(0) * (sin.shape[0] > 1), sin.stride(1))
+    strides = (*turns, *more, *k_cache.stride()[:3], *v_cache.stride()[:3])
+    fixed = (S, k_cache.shape[2], heads, kv_heads, *strides, stride, head_dim, rotary, block_h, block_d)
+    grid, warps = (tokens, triton.cdiv(slots, block_h)), 4 if block_h > 1 else 1
+    return Launch(_rope_kv_write_kernel, grid, fixed, {"num_warps": warps})
