@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsi_kernels._launch import Launch, Launches, kind_of
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.tuned import device_facts, launch_config
@@ -193,12 +194,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     check_devices(op, q=q, k=k, v=v, mask=mask)
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Tensor | None, out: Tensor,
-    grid: tuple[int, int, int], strides: tuple[int, ...], *, causal: bool, scale: float | None,
-    config: Mapping[str, int],
-) -> None:  # fmt: skip
-    """out written; grid: (longest row, heads, B); strides: of q, k and v by batch row, head and token, then out's."""
+def launch_of(
+    q: Tensor, k: Tensor, mask: Tensor | None, grid: tuple[int, int, int], strides: tuple[int, ...], *,
+    causal: bool, scale: float | None, config: Mapping[str, int],
+) -> Launch:  # fmt: skip
+    """What is called with q, k, v, mask, starts, out, queries and keys.
+
+    grid: (longest row, heads, B); strides: of q, k and v by batch row, head and token, then out's.
+    """
     longest, heads, B = grid
     head_dim, kv_heads = q.shape[-1], k.shape[1]
     # tl.dot wants 16 rows, columns and terms, or more
@@ -208,13 +211,15 @@ def launch(
         by_row = mask.stride(2) * (mask.shape[2] > 1)
         mask_strides, by_key = (mask.stride(0) * (mask.shape[0] > 1), by_row, mask.stride(3)), by_row == 0
     factor = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    with torch.cuda.device_of(q):
-        _attention_kernel[(triton.cdiv(longest, block_s), heads, B)](
-            q, k, v, mask, starts, out, q.shape[2 if starts is None else 0], k.shape[2 if starts is None else 0],
-            factor, heads // kv_heads, *strides[:9], *mask_strides, *strides[9:], CAUSAL=causal, KEY_MASK=by_key,
-            HEAD_DIM=head_dim, BLOCK_S=block_s, BLOCK_T=config["block_t"],
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), STAGES=config["stages"], num_warps=config["num_warps"],
-        )  # fmt: skip
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # block_s to stages, as the kernel has them
+    constants = (causal, by_key, head_dim, block_s, config["block_t"], block_d, config["stages"])
+    fixed = (factor, heads // kv_heads, *strides[:9], *mask_strides, *strides[9:], *constants)
+    blocks = (triton.cdiv(longest, block_s), heads, B)
+    return Launch(_attention_kernel, blocks, fixed, {"num_warps": config["num_warps"]})
+
+
+_LAUNCHES = Launches()
 
 
 def attention(
@@ -244,13 +249,18 @@ def attention(
         ValueError: shapes, dtypes, layout or devices do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
-    _check(q, k, v, mask)
     B, heads, S, head_dim = q.shape
+
+    def make() -> Launch:
+        _check(q, k, v, mask)
+        found = config
+        if found is None:
+            found = attention_config(k.shape[2], head_dim, causal=causal, masked=mask is not None, like=q)
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], S * heads * head_dim, heads * head_dim)
+        return launch_of(q, k, mask, (S, heads, B), strides, causal=causal, scale=scale, config=found)
+
+    settings = None if config is None else tuple(config.items())
+    launch = _LAUNCHES.get((causal, scale, settings, kind_of(q, k, v, mask)), make)
     out = torch.empty((B, S, heads, head_dim), dtype=q.dtype, device=q.device)
-    if not out.numel():
-        return out
-    if config is None:
-        config = attention_config(k.shape[2], head_dim, causal=causal, masked=mask is not None, like=q)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2])
-    launch(q, k, v, mask, None, out, (S, heads, B), strides, causal=causal, scale=scale, config=config)
+    launch(q, k, v, mask, None, out, S, k.shape[2])
     return out

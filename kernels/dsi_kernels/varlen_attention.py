@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dsi_kernels.attention import attention_config, attention_reference, check_heads, launch
+from dsi_kernels.attention import attention_config, attention_reference, check_heads, launch_of
 from dsi_kernels.operands import check_contiguous, check_devices, shapes
 
 
@@ -84,7 +84,8 @@ def varlen_attention(
         config = attention_config(max_len, head_dim, causal=causal, masked=False, like=q)
     strides = (*_strides(q), *_strides(k), *_strides(v), 0, out.stride(0))
     grid = (max_len, heads, cu_seqlens.shape[0] - 1)
-    launch(q, k, v, None, cu_seqlens, out, grid, strides, causal=causal, scale=scale, config=config)
+    launch = launch_of(q, k, None, grid, strides, causal=causal, scale=scale, config=config)
+    launch(q, k, v, None, cu_seqlens, out, q.shape[0], k.shape[0])
     return out
 
 
