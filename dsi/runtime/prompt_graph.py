@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 # graphs that a model keeps, and shapes whose time is remembered
 KEPT, REMEMBERED = 8, 256
-# tokens from which on no prompt waits for the host
-MOST = 2048
+# rows, and tokens, from which on no prompt waits for the host
+ROWS, MOST = 32, 2048
 # how much longer than the host a prompt of up to so many milliseconds may take to have waited for it; beyond, something
 # was compiled
 WAITING, COMPILING = 1.15, 30.0
@@ -76,39 +76,65 @@ class PromptCache:
         return layer.keys, layer.values
 
 
+class PromptInputs:
+    """What the graphs of one model are given and give: memory that all share, so that none takes any for itself.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(MOST, dtype=torch.int64, device=device)
+            self.positions = torch.arange(MOST, device=device)[None]
+            self.last = torch.zeros(1, dtype=torch.int64, device=device)
+        # by the number of rows: fp32 [B, vocab]
+        self._logits: dict[int, Tensor] = {}
+        # the latest text's logits are taken: the next text may come on another stream
+        self.done = torch.cuda.Event()
+
+    def take(self, logits: Tensor) -> Tensor:
+        """Logits [B, vocab] in their place."""
+        place = self._logits.get(logits.shape[0])
+        if place is None:
+            place = self._logits[logits.shape[0]] = torch.empty_like(logits, dtype=torch.float32)
+        return place.copy_(logits)
+
+
 class PromptGraph:
-    """A captured prompt and its inputs.
+    """A captured prompt.
 
     Args:
         prompt: the model's parts, bound for as many positions as the cache has room for.
         cache: holds buffers of `rows` rows.
         rows, length: of the ids.
+        inputs: of the model's graphs.
         pool: of the allocator.
     """
 
-    def __init__(self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, pool: Any) -> None:
-        device = cache.layers[0].buffers()[0].device
-        with torch.inference_mode(False), torch.no_grad():
-            self.ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
-            self.positions = torch.arange(length, device=device)[None]
-            self.last = torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(
+        self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, inputs: PromptInputs, pool: Any
+    ) -> None:
+        self.inputs = inputs
+        self.ids = inputs.ids[: rows * length].view(rows, length)
+        self.positions = inputs.positions[:, :length]
         # the tables that the graph reads live as long as it
         self.prompt, self.cache = prompt, PromptCache(cache, length)
-        # the latest text's logits are taken: the next text may come on another stream
-        self.done = torch.cuda.Event()
-        self.graph, self.logits = capture(self._run, device, pool)
+        self.graph, self.logits = capture(self._run, inputs.device, pool)
 
     def _run(self) -> Tensor:
-        return self.prompt.logits(self.ids, self.positions, self.cache, self.last)
+        return self.inputs.take(self.prompt.logits(self.ids, self.positions, self.cache, self.inputs.last))
 
     def replay(self, ids: Tensor) -> Tensor:
         """float32 logits [B, vocab] of a prompt, int64 [B, S]; its keys and values stand in the cache's buffers."""
-        torch.cuda.current_stream().wait_event(self.done)
+        inputs = self.inputs
+        torch.cuda.current_stream().wait_event(inputs.done)
         self.ids[:, : ids.shape[1]].copy_(ids)
-        self.last.fill_(ids.shape[1] - 1)
+        inputs.last.fill_(ids.shape[1] - 1)
         self.graph.replay()
-        logits = self.logits.to(copy=True, dtype=torch.float32)
-        self.done.record()
+        logits = self.logits.clone()
+        inputs.done.record()
         return logits
 
 
@@ -141,6 +167,7 @@ class PromptGraphs:
     def __init__(self) -> None:
         self._graphs: OrderedDict[tuple[int, int], tuple[tuple[int, ...], PromptGraph]] = OrderedDict()
         self._watches: OrderedDict[tuple[int, int], Watch] = OrderedDict()
+        self._inputs: PromptInputs | None = None
         self.failure = ""
 
     def watch(self, rows: int, length: int) -> Watch:
@@ -153,8 +180,8 @@ class PromptGraphs:
     def obstacle(self, rows: int, length: int) -> str:
         """Why a prompt runs without a graph, or ""."""
         key = rows, bucket(length)
-        if self.failure or rows * length > MOST:
-            return self.failure or f"more than {MOST} tokens"
+        if self.failure or rows > ROWS or rows * key[1] > MOST:
+            return self.failure or f"more than {ROWS} rows, or {MOST} tokens"
         if key in self._graphs:
             return ""
         watch = self._watches.get(key)
@@ -183,11 +210,13 @@ class PromptGraphs:
     def _made(
         self, cache: PreallocatedCache, key: tuple[int, int], prompt: Callable[[], PromptPass], pool: Any
     ) -> PromptGraph | None:
+        device = cache.layers[0].buffers()[0].device
         try:
-            return PromptGraph(prompt(), cache, *key, pool)
+            inputs = self._inputs = self._inputs or PromptInputs(device)
+            return PromptGraph(prompt(), cache, *key, inputs, pool)
         # whatever a capture, a compiler or a launcher raises: a prompt without a graph is right
         except Exception as error:  # noqa: BLE001
-            end_failed_capture(cache.layers[0].buffers()[0].device)
+            end_failed_capture(device)
             self.failure = f"capturing a prompt failed: {error}"
             logger.warning("%s", self.failure)
             return None
@@ -204,6 +233,7 @@ class PromptGraphs:
     def clear(self) -> None:
         """All graphs go: the model's weights or parts are others now."""
         self._graphs.clear()
+        self._inputs = None
 
 
 def addresses_of(cache: PreallocatedCache) -> tuple[int, ...]:

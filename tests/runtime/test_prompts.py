@@ -234,9 +234,17 @@ def test_a_prompt_that_the_device_takes_long_for_has_none(prompts, monkeypatch):
     for turn in range(3):
         pair.check(inputs_for("llama", 1, 9, seed=turn))
     assert pair.ours._dsi.last_prompt.reason == "the device is the limit"
-    monkeypatch.setattr(prompt_graph, "MOST", 8)
-    pair.check(inputs_for("llama", 1, 9))
-    assert pair.ours._dsi.last_prompt.reason == "more than 8 tokens"
+    assert not prompts
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 2048), (32, 16)])
+def test_a_prompt_of_too_many_rows_or_tokens_has_none(rows, tokens, prompts, monkeypatch):
+    monkeypatch.setattr(prompt_graph, "ROWS", rows)
+    monkeypatch.setattr(prompt_graph, "MOST", tokens)
+    pair = llama()
+    for turn in range(3):
+        pair.check(inputs_for("llama", 2, 9, seed=turn))
+    assert pair.ours._dsi.last_prompt.reason == f"more than {rows} rows, or {tokens} tokens"
     assert not prompts
 
 
