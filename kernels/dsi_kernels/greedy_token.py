@@ -63,7 +63,7 @@ def _largest_kernel(logits_ptr, value_ptr, index_ptr, V, blocks, BLOCK_V: tl.con
 @triton.jit
 def _advance_kernel(
     value_ptr, index_ptr, tokens_ptr, history_ptr, positions_ptr, counters_ptr, finished_ptr, ends_ptr, pad_ptr,
-    rows, blocks, V, history_b, count, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+    seen_ptr, rows, blocks, V, history_b, count, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
@@ -74,6 +74,8 @@ def _advance_kernel(
     index = tl.load(index_ptr + at, mask=inside, other=V)
     top = tl.max(value, axis=1)
     chosen = tl.min(tl.where((value == top[:, None]) & inside, index, V), axis=1).to(tl.int64)
+    if seen_ptr is not None:
+        tl.store(seen_ptr + b.to(tl.int64) * V + chosen, tl.cast(1, tl.int8), mask=b < rows)
     if finished_ptr is not None:
         done = tl.load(finished_ptr + b, mask=b < rows, other=0) != 0
         chosen = tl.where(done, tl.load(pad_ptr), chosen)
@@ -151,7 +153,7 @@ def greedy_token(
         _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=block, num_warps=4, **options)
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,
-            None if finished is None else finished.view(torch.int8), ends, pad, rows, blocks, V, history.stride(0),
+            None if finished is None else finished.view(torch.int8), ends, pad, None, rows, blocks, V, history.stride(0),
             count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=triton.next_power_of_2(blocks),
             BLOCK_E=triton.next_power_of_2(max(count, 1)), num_warps=4, **options,
         )  # fmt: skip

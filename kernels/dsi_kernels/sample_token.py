@@ -25,10 +25,11 @@ from dsi_kernels._triton import tl, triton
 from dsi_kernels.greedy_token import _advance_kernel, check_state
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 
-GROUP = 64
-# groups whose tokens one program holds at once
-CAP = 128
-BLOCK_V = 2048
+BLOCK_V, WARPS = 1024, 4
+# rows from which on blocks are larger: the last kernel holds the figures of every block of every row at once
+FEW = 8
+# bits of a key that one step looks at, and cells that a program of it holds at once
+DIGIT, CELLS = 4, 1 << 14
 # tokens of a vocabulary: the maxima of all its groups are held at once
 MAX_VOCAB = 1 << 18
 # what `settings` holds, in order; the last is 1 / temperature, 1 / penalty, as torch divides by a number on CUDA
@@ -100,260 +101,200 @@ def sample_token_reference(
 
 
 @triton.jit
-def _key(x):
-    """int32 in the order of the floats."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _read(logits_ptr, seen_ptr, settings_ptr, at, inside, HALF: tl.constexpr):
+    """(x, uint32 in the order of x): scores as they are drawn from, and of 16 bits the logits' own order."""
+    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
+    x = logits.to(tl.float32)
+    if seen_ptr is not None:
+        penalty, inverse = tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
+        before = tl.load(seen_ptr + at, mask=inside, other=0) != 0
+        x = tl.where(before, tl.where(x < 0, x * penalty, x * inverse), x)
+    x = x * tl.load(settings_ptr + 5)
+    # a negative zero is equal to the other, and its key must be too
+    x = tl.where(x == 0.0, 0.0, x)
+    if HALF:
+        bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
+        key = tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFF)) + 0x8000
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF) ^ LOWEST
+    return x, key.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _value(key):
-    """The float of a key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _middle(low, high):
-    return (low + ((high.to(tl.int64) - low) >> 1)).to(tl.int32)
-
-
-# --- over tokens that are held ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _held_kth(key, held, low, high, k):
-    """The largest t, low <= t <= high, that at least k keys reach."""
-    while low < high:
-        middle = _middle(low, high) + 1
-        enough = tl.sum((held & (key >= middle)).to(tl.int32)) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _held_border(key, weight, low, high, want):
-    """The smallest t, low <= t <= high, above which there is less than `want`."""
-    while low < high:
-        middle = _middle(low, high)
-        less = tl.sum(tl.where(key > middle, weight, 0.0)) < want
-        high = tl.where(less, middle, high)
-        low = tl.where(less, low, middle + 1)
-    return low
-
-
-# --- over a whole row ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _row_count(x_ptr, V, least, most, first, BLOCK_V: tl.constexpr):
-    """How many tokens from `first` on have keys from `least` to `most`."""
-    found = tl.zeros((BLOCK_V,), dtype=tl.int32)
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        key = _key(tl.load(x_ptr + v, mask=v < V, other=float("-inf")))
-        found += ((key >= least) & (key <= most) & (v >= first) & (v < V)).to(tl.int32)
-    return tl.sum(found)
-
-
-@triton.jit
-def _row_weight(x_ptr, V, top, least, BLOCK_V: tl.constexpr):
-    """Sum of exp(x - top) over keys from `least` on."""
-    weight = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf"))
-        weight += tl.where(_key(x) >= least, tl.exp(x - top), 0.0)
-    return tl.sum(weight)
-
-
-@triton.jit
-def _row_kth(x_ptr, V, low, high, k, BLOCK_V: tl.constexpr):
-    while low < high:
-        middle = _middle(low, high) + 1
-        enough = _row_count(x_ptr, V, middle, 0x7FFFFFFF, 0, BLOCK_V) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _row_border(x_ptr, V, top, low, high, want, BLOCK_V: tl.constexpr):
-    while low < high:
-        middle = _middle(low, high)
-        less = _row_weight(x_ptr, V, top, middle + 1, BLOCK_V) < want
-        high = tl.where(less, middle, high)
-        low = tl.where(less, low, middle + 1)
-    return low
+def _value(key, logits_ptr, settings_ptr, HALF: tl.constexpr):
+    """The x of a key."""
+    if HALF:
+        bits = key.to(tl.int32, bitcast=True) - 0x8000
+        bits = (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16)
+        x = bits.to(logits_ptr.dtype.element_ty, bitcast=True).to(tl.float32) * tl.load(settings_ptr + 5)
+    else:
+        bits = key.to(tl.int32, bitcast=True) ^ LOWEST
+        x = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return x
 
 
 # --- borders ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _floor(group_key, known, highest, groups, CAP: tl.constexpr):
-    """The smallest key that the maxima of no more than CAP groups reach."""
-    floor = tl.cast(LOWEST, tl.int32)
-    if groups > CAP:
-        high = highest + 1
-        while floor < high:
-            middle = _middle(floor, high)
-            few = tl.sum(((group_key >= middle) & known).to(tl.int32), axis=0) <= CAP
-            high = tl.where(few, middle, high)
-            floor = tl.where(few, floor, middle + 1)
-    return floor
+def _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B: tl.constexpr):
+    """(the largest x of a row, sum of exp(x - it))."""
+    b = tl.arange(0, BLOCK_B)
+    tops = tl.load(top_ptr + row * blocks + b, mask=b < blocks, other=float("-inf"))
+    sums = tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0)
+    top = tl.max(tops, axis=0)
+    return top, tl.sum(sums * tl.exp(tops - top), axis=0)
 
 
 @triton.jit
-def _k_border(x_ptr, V, key, e, held, floor, highest, top, total, k, BLOCK_V: tl.constexpr):
-    """(the key of the k-th largest, sum of exp(x - top) of all that reach it)."""
-    border, whole = tl.cast(LOWEST, tl.int32), total
-    if k < V:
-        if tl.sum(held.to(tl.int32)) >= k:
-            border = _held_kth(key, held, floor, highest, k)
-            whole = tl.sum(tl.where(key >= border, e, 0.0))
-        else:
-            border = _row_kth(x_ptr, V, border, floor, k, BLOCK_V)
-            whole = _row_weight(x_ptr, V, top, border, BLOCK_V)
-    return border, whole
+def _descend(part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT: tl.constexpr, STEPS: tl.constexpr,
+             BLOCK_B: tl.constexpr):  # fmt: skip
+    """What step - 1 found: (digit, key so far, above it, weight above it, weight of its digit, want, floor)."""
+    D: tl.constexpr = 1 << DIGIT
+    last = step - 1
+    slot = (row * 2 * STEPS + last) * 3
+    above, heavier, want = tl.load(mark_ptr + slot), tl.load(mark_ptr + slot + 1), tl.load(mark_ptr + slot + 2)
+    slot = (row * 2 * STEPS + last) * 2
+    key, floor = tl.load(key_ptr + slot), tl.load(key_ptr + slot + 1)
+    b, d = tl.arange(0, BLOCK_B), tl.arange(0, D)
+    at = (((last % 2) * rows + row) * blocks + b[:, None]) * (2 * D) + d[None, :]
+    counts = tl.sum(tl.load(part_ptr + at, mask=(b < blocks)[:, None], other=0.0), axis=0)
+    weights = tl.sum(tl.load(part_ptr + at + D, mask=(b < blocks)[:, None], other=0.0), axis=0)
+    measure = tl.where(last < STEPS, counts, weights)
+    larger = d[None, :] > d[:, None]
+    more = above + tl.sum(tl.where(larger, measure[None, :], 0.0), axis=1)
+    digit = tl.min(tl.where(more < want, d, D - 1), axis=0)
+    above = tl.sum(tl.where(d == digit, more, 0.0), axis=0)
+    heavier = heavier + tl.sum(tl.where(d > digit, weights, 0.0), axis=0)
+    own = tl.sum(tl.where(d == digit, weights, 0.0), axis=0)
+    shift = DIGIT * (STEPS - 1 - last % STEPS)
+    key = key | (digit << shift)
+    return digit, key, above, heavier, own, want, floor
 
 
-@triton.jit
-def _p_border(x_ptr, V, key, e, i, held, floor, highest, top, border, want, BLOCK_V: tl.constexpr):
-    """(the smallest key with less than `want` above it; of those on it the first that stays)."""
-    if (border >= floor) | (tl.sum(e) >= want):
-        border = _held_border(key, e, tl.maximum(border, floor), highest, want)
-        above = tl.sum(tl.where(key > border, e, 0.0))
-        equal = tl.sum((held & (key == border)).to(tl.int32))
-    else:
-        border = _row_border(x_ptr, V, top, border, floor, want, BLOCK_V)
-        above = _row_weight(x_ptr, V, top, border + 1, BLOCK_V)
-        equal = _row_count(x_ptr, V, border, border, 0, BLOCK_V)
-    room = tl.minimum((want - above) / tl.exp(_value(border) - top), 1e9)
-    stay = tl.maximum(tl.ceil(room).to(tl.int32), 1)
-    first = 0
-    if equal > stay:
-        last = V - 1
-        while first < last:
-            middle = _middle(first, last) + 1
-            if border >= floor:
-                after = tl.sum((held & (key == border) & (i >= middle)).to(tl.int32))
-            else:
-                after = _row_count(x_ptr, V, border, border, middle, BLOCK_V)
-            first = tl.where(after >= stay, middle, first)
-            last = tl.where(after >= stay, last, middle - 1)
-    return border, first
+# a size of 1 is a constant to Triton, and some compilations fail of it (3.6); the step is no constant either
+@triton.jit(do_not_specialize=["rows", "blocks", "step"])
+def _narrow_kernel(
+    logits_ptr, seen_ptr, settings_ptr, top_ptr, sum_ptr, part_ptr, mark_ptr, key_ptr, V, rows, blocks, step,
+    BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, DIGIT: tl.constexpr, STEPS: tl.constexpr,
+    HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    row, block = tl.program_id(0), tl.program_id(1)
+    D: tl.constexpr = 1 << DIGIT
+    k, p = tl.load(settings_ptr), tl.load(settings_ptr + 1)
+    if ((step < STEPS) & (k < V)) | ((step >= STEPS) & (p < 1.0)):
+        top, whole = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
+        key, floor = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+        above, heavier = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+        want = k
+        if step != 0:
+            if (step != STEPS) | (k < V):
+                digit, key, above, heavier, own, want, floor = _descend(
+                    part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT, STEPS, BLOCK_B
+                )
+                if step == STEPS:
+                    whole = heavier + own
+                    floor = key
+                    key = tl.cast(0, tl.int32)
+                    above = tl.cast(0.0, tl.float32)
+            if step == STEPS:
+                # the most likely one always stays
+                want = tl.maximum(p, 1e-30) * whole
+        if block == 0:
+            slot = row * 2 * STEPS + step
+            tl.store(mark_ptr + slot * 3, above)
+            tl.store(mark_ptr + slot * 3 + 1, heavier)
+            tl.store(mark_ptr + slot * 3 + 2, want)
+            tl.store(key_ptr + slot * 2, key)
+            tl.store(key_ptr + slot * 2 + 1, floor)
+        digits_left = STEPS - 1 - step % STEPS
+        shift = (DIGIT * digits_left).to(tl.uint32)
+        d = tl.arange(0, D)
+        counts, weights = tl.zeros((D,), dtype=tl.float32), tl.zeros((D,), dtype=tl.float32)
+        prefix = key.to(tl.uint32, bitcast=True) >> shift >> DIGIT
+        for start in range(0, BLOCK_V, CHUNK):
+            v = block * BLOCK_V + start + tl.arange(0, CHUNK)
+            x, u = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
+            u = u >> shift
+            here = (v < V) & ((step % STEPS == 0) | ((u >> DIGIT) == prefix))
+            digit = tl.where(here, (u & (D - 1)).to(tl.int32), -1)
+            hit = digit[None, :] == d[:, None]
+            counts += tl.sum(tl.where(hit, 1.0, 0.0), axis=1)
+            weights += tl.sum(tl.where(hit, tl.exp(x - top)[None, :], 0.0), axis=1)
+        at = (((step % 2) * rows + row) * blocks + block) * (2 * D) + d
+        tl.store(part_ptr + at, counts)
+        tl.store(part_ptr + at + D, weights)
 
 
-@triton.jit
-def _stays(key, e, i, border, first, min_p):
-    return ((key > border) | ((key == border) & (i >= first))) & (e >= min_p)
+# --- the kernels at both ends -------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _best_of_row(x_ptr, noise_ptr, V, top, border, first, min_p, BLOCK_V: tl.constexpr):
-    best, chosen = tl.cast(-1.0, tl.float32), V - 1
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf"))
-        e = tl.exp(x - top)
-        kept = (v < V) & _stays(_key(x), e, v, border, first, min_p)
-        if noise_ptr is not None:
-            e = e / tl.load(noise_ptr + v, mask=kept, other=1.0)
-        e = tl.where(kept, e, -1.0)
-        here = tl.max(e, axis=0)
-        where = tl.min(tl.where(e == here, v, V - 1), axis=0)
-        chosen = tl.where(here > best, where, chosen)
-        best = tl.maximum(here, best)
-    return best, chosen
-
-
-# --- the kernels --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scores_kernel(
-    logits_ptr, settings_ptr, seen_ptr, x_ptr, group_ptr, max_ptr, sum_ptr, V, groups, blocks,
-    BLOCK_V: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, seen_ptr, settings_ptr, top_ptr, sum_ptr, V, blocks,
+    BLOCK_V: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    at = row.to(tl.int64) * V + v
-    x = tl.load(logits_ptr + at, mask=v < V, other=float("-inf")).to(tl.float32)
-    if seen_ptr is not None:
-        penalty, inverse = tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
-        before = tl.load(seen_ptr + at, mask=v < V, other=0) != 0
-        x = tl.where(before, tl.where(x < 0, x * penalty, x * inverse), x)
-    x = x * tl.load(settings_ptr + 5)
-    # a negative zero is equal to the other, and its key must be too
-    x = tl.where(x == 0.0, 0.0, x)
-    tl.store(x_ptr + at, x, mask=v < V)
+    x, _ = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
     top = tl.max(x, axis=0)
-    tl.store(max_ptr + row * blocks + block, top)
+    tl.store(top_ptr + row * blocks + block, top)
     tl.store(sum_ptr + row * blocks + block, tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), axis=0))
-    g = block * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP)
-    tl.store(group_ptr + row * groups + g, tl.max(tl.reshape(x, (BLOCK_V // GROUP, GROUP)), axis=1), mask=g < groups)
 
 
-# a size of 1 is a constant to Triton, and one group or token then fails an assertion of its coalescing pass (3.6)
-@triton.jit(do_not_specialize=["V", "groups", "blocks"])
-def _choose_kernel(  # noqa: PLR0915 - one program does all for its row
-    x_ptr, group_ptr, max_ptr, sum_ptr, picked_ptr, noise_ptr, settings_ptr, seen_ptr, value_ptr, index_ptr,
-    invalid_ptr, V, groups, blocks, GROUP: tl.constexpr, CAP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _draw_kernel(
+    logits_ptr, noise_ptr, seen_ptr, settings_ptr, top_ptr, sum_ptr, part_ptr, mark_ptr, key_ptr, value_ptr, index_ptr,
+    invalid_ptr, V, rows, blocks, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, DIGIT: tl.constexpr,
+    STEPS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    row = tl.program_id(0)
-    x_ptr += row.to(tl.int64) * V
-    if noise_ptr is not None:
-        noise_ptr += row.to(tl.int64) * V
-    b = tl.arange(0, BLOCK_B)
-    tops = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=float("-inf"))
-    sums = tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0)
-    top = tl.max(tops, axis=0)
-    total = tl.sum(sums * tl.exp(tops - top), axis=0)
+    row, block = tl.program_id(0), tl.program_id(1)
+    D: tl.constexpr = 1 << DIGIT
+    k, p, min_p = tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2)
+    top, total = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
     # a NaN and an infinity make it NaN
     tl.store(invalid_ptr, tl.cast(1, tl.int8), mask=(total < float("inf")) == 0)
-    highest = _key(top)
-    k = tl.load(settings_ptr).to(tl.int32)
-    p, min_p = tl.load(settings_ptr + 1), tl.load(settings_ptr + 2)
-
-    # the groups with the largest maxima: together they hold every token whose key reaches `floor`
-    g = tl.arange(0, BLOCK_G)
-    group_key = _key(tl.load(group_ptr + row * groups + g, mask=g < groups, other=float("-inf")))
-    floor = _floor(group_key, g < groups, highest, groups, CAP)
-    largest = (group_key >= floor) & (g < groups)
-    tl.store(picked_ptr + row * CAP + tl.cumsum(largest.to(tl.int32), axis=0) - 1, g, mask=largest)
-    tl.debug_barrier()
-    c, count = tl.arange(0, CAP), tl.sum(largest.to(tl.int32), axis=0)
-    i = tl.load(picked_ptr + row * CAP + c, mask=c < count, other=0)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    held = (c < count)[:, None] & (i < V)
-    x = tl.load(x_ptr + i, mask=held, other=float("-inf"))
-    key = _key(x)
-    held = held & (key >= floor)
-    e = tl.where(held, tl.exp(x - top), 0.0)
-
-    border, whole = _k_border(x_ptr, V, key, e, held, floor, highest, top, total, k, BLOCK_V)
-    first = 0
-    if p < 1.0:
-        # the most likely one always stays
-        want = tl.maximum(p, 1e-30) * whole
-        border, first = _p_border(x_ptr, V, key, e, i, held, floor, highest, top, border, want, BLOCK_V)
-    if (border >= floor) | (tl.exp(_value(floor) - top) < min_p):
-        kept = held & _stays(key, e, i, border, first, min_p)
-        if noise_ptr is not None:
-            e = e / tl.load(noise_ptr + i, mask=kept, other=1.0)
-        e = tl.where(kept, e, -1.0)
-        best = tl.max(e)
-        chosen = tl.min(tl.where(e == best, i, V - 1))
-    else:
-        best, chosen = _best_of_row(x_ptr, noise_ptr, V, top, border, first, min_p, BLOCK_V)
-    chosen = tl.minimum(chosen, V - 1)
-    if seen_ptr is not None:
-        tl.store(seen_ptr + row.to(tl.int64) * V + chosen, tl.cast(1, tl.int8))
-    tl.store(value_ptr + row, best)
-    tl.store(index_ptr + row, chosen)
+    border = tl.cast(0, tl.int32)
+    # how many of those on the border are too many, and how many of them come after this block
+    gone, after = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    if (k < V) | (p < 1.0):
+        steps = tl.where(p < 1.0, 2 * STEPS, STEPS)
+        digit, border, above, heavier, own, want, floor = _descend(
+            part_ptr, mark_ptr, key_ptr, row, rows, blocks, steps, DIGIT, STEPS, BLOCK_B
+        )
+        if p < 1.0:
+            if border.to(tl.uint32, bitcast=True) < floor.to(tl.uint32, bitcast=True):
+                border = floor
+            else:
+                b = tl.arange(0, BLOCK_B)
+                at = (((2 * STEPS - 1) % 2 * rows + row) * blocks + b) * (2 * D) + digit
+                equal = tl.load(part_ptr + at, mask=b < blocks, other=0.0).to(tl.int32)
+                after = tl.sum(tl.where(b > block, equal, 0), axis=0)
+                least = tl.exp(_value(border, logits_ptr, settings_ptr, HALF) - top)
+                room = tl.minimum((want - above) / least, 1e9)
+                gone = tl.sum(equal, axis=0) - tl.maximum(tl.ceil(room).to(tl.int32), 1)
+                stay = tl.maximum(tl.ceil(room).to(tl.int32), 1)
+                after = after - stay
+    v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = row.to(tl.int64) * V + v
+    x, u = _read(logits_ptr, seen_ptr, settings_ptr, at, v < V, HALF)
+    e = tl.exp(x - top)
+    least = border.to(tl.uint32, bitcast=True)
+    kept = (v < V) & (u >= least) & (e >= min_p)
+    if gone > 0:
+        on = ((v < V) & (u == least)).to(tl.int32)
+        # the last ones stay
+        kept = kept & ((on == 0) | (tl.cumsum(on, axis=0, reverse=True) + after <= 0))
+    if noise_ptr is not None:
+        e = e / tl.load(noise_ptr + at, mask=kept, other=1.0)
+    e = tl.where(kept, e, -1.0)
+    best = tl.max(e, axis=0)
+    tl.store(value_ptr + row * blocks + block, best)
+    tl.store(index_ptr + row * blocks + block, tl.minimum(tl.min(tl.where(e == best, v, V - 1), axis=0), V - 1))
 
 
 def _check(
@@ -417,24 +358,32 @@ def sample_token(
     check_devices("sample_token", logits=logits, settings=settings, invalid=invalid, **state, **given)
 
     rows, V = logits.shape
-    blocks, groups = triton.cdiv(V, BLOCK_V), triton.cdiv(V, GROUP)
-    x = torch.empty((rows, V), dtype=torch.float32, device=logits.device)
-    group, top, total = (x.new_empty((rows, n)) for n in (groups, blocks, blocks))
-    value, picked, index = x.new_empty((rows, 1)), *(x.new_empty((rows, n), dtype=torch.int32) for n in (CAP, 1))
+    block = BLOCK_V if rows <= FEW else 8 * BLOCK_V
+    blocks = triton.cdiv(V, block)
+    half = seen is None and logits.dtype != torch.float32
+    steps = triton.cdiv(16 if half else 32, DIGIT)
+    scratch = torch.empty(rows * (blocks * (3 + (4 << DIGIT)) + 6 * steps), dtype=torch.float32, device=logits.device)
+    top, total, value, part, mark = scratch.split(
+        [rows * blocks, rows * blocks, rows * blocks, rows * blocks * (4 << DIGIT), rows * 6 * steps]
+    )
+    index, key = (torch.empty(n, dtype=torch.int32, device=logits.device) for n in (rows * blocks, rows * 4 * steps))
     count, options = 0 if ends is None else ends.numel(), launch_options(logits.device)
+    sizes = {"BLOCK_V": block, "HALF": half, "num_warps": WARPS, **options}
+    search = {"BLOCK_B": triton.next_power_of_2(blocks), "DIGIT": DIGIT, "STEPS": steps, **sizes}
     with torch.cuda.device_of(logits):
-        _scores_kernel[(rows, blocks)](
-            logits, settings, seen, x, group, top, total, V, groups, blocks, BLOCK_V=BLOCK_V, GROUP=GROUP, num_warps=4,
-            **options,
-        )  # fmt: skip
-        _choose_kernel[(rows,)](
-            x, group, top, total, picked, noise, settings, seen, value, index, invalid.view(torch.int8), V, groups,
-            blocks, GROUP=GROUP, CAP=CAP, BLOCK_G=triton.next_power_of_2(groups),
-            BLOCK_B=triton.next_power_of_2(blocks), BLOCK_V=8192, num_warps=16, **options,
+        _scores_kernel[(rows, blocks)](logits, seen, settings, top, total, V, blocks, **sizes)
+        for step in range(2 * steps):
+            _narrow_kernel[(rows, blocks)](
+                logits, seen, settings, top, total, part, mark, key, V, rows, blocks, step,
+                CHUNK=min(block, CELLS >> DIGIT), **search,
+            )  # fmt: skip
+        _draw_kernel[(rows, blocks)](
+            logits, noise, seen, settings, top, total, part, mark, key, value, index, invalid.view(torch.int8), V,
+            rows, blocks, **search,
         )  # fmt: skip
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,
-            None if finished is None else finished.view(torch.int8), ends, pad, rows, 1, V, history.stride(0),
-            count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=1, BLOCK_E=triton.next_power_of_2(max(count, 1)),
-            num_warps=4, **options,
+            None if finished is None else finished.view(torch.int8), ends, pad, seen, rows, blocks, V,
+            history.stride(0), count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=triton.next_power_of_2(blocks),
+            BLOCK_E=triton.next_power_of_2(max(count, 1)), num_warps=4, **options,
         )  # fmt: skip
