@@ -153,7 +153,7 @@ def greedy_token(
         _largest_kernel[(rows, blocks)](logits, value, index, V, blocks, BLOCK_V=block, num_warps=4, **options)
         _advance_kernel[(1,)](
             value, index, tokens, history, positions, counters,
-            None if finished is None else finished.view(torch.int8), ends, pad, None, rows, blocks, V, history.stride(0),
-            count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=triton.next_power_of_2(blocks),
+            None if finished is None else finished.view(torch.int8), ends, pad, None, rows, blocks, V,
+            history.stride(0), count, BLOCK_B=triton.next_power_of_2(rows), BLOCK_P=triton.next_power_of_2(blocks),
             BLOCK_E=triton.next_power_of_2(max(count, 1)), num_warps=4, **options,
         )  # fmt: skip

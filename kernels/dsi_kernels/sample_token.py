@@ -8,10 +8,12 @@
 With noise from an exponential distribution this is torch.multinomial(softmax(x), 1), from the same random numbers.
 Of equal x on the border of p the last ones stay, as torch.sort orders them; on the border of k all of them stay.
 
-Three kernels: scores and the largest of each group of 64 tokens; one program a row that looks for the borders; the
-state. No sort: the 128 groups with the largest maxima hold all tokens from some score on. Where the borders lie among
-these (k <= 128, or a p that these tokens make up) the rest is not looked at again, else the row is bisected as a whole,
-once a bit. Moves B * V * (itemsize + 4) bytes where it is, and B * V * 4 bytes a bit more where it is not.
+No sort, and every program works for every row. A border is found four bits a step, the highest first: of the tokens
+that share the bits found so far each program adds up how many have which next four bits, and what they weigh; the next
+step adds up the programs, in their order, and goes on with the four bits that hold the border. Logits of 16 bits
+without a penalty take four steps for k and four for p, others eight each; steps whose border is not asked for end at
+once. Then each program draws from its tokens, and the last kernel of `greedy_token` chooses among them and moves the
+state on. Moves B * V * itemsize bytes a step, which lie in the cache.
 Source: transformers 5.23, generation/logits_process.py; Gumbel-max in torch's multinomial.
 """
 
@@ -173,7 +175,49 @@ def _descend(part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT: tl.con
     return digit, key, above, heavier, own, want, floor
 
 
-# a size of 1 is a constant to Triton, and some compilations fail of it (3.6); the step is no constant either
+@triton.jit
+def _entry(
+    part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, k, p, total, V, DIGIT: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """What a step goes on from: (key so far, above it, weight above it, want, floor)."""
+    key, floor = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    above, heavier, want = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32), k
+    if (step != 0) & ((step != STEPS) | (k < V)):
+        _, key, above, heavier, own, want, floor = _descend(
+            part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT, STEPS, BLOCK_B
+        )
+        total = heavier + own
+    if step == STEPS:
+        # p is of what k left, and the most likely one always stays
+        want = tl.maximum(p, 1e-30) * total
+        key, floor, above = tl.cast(0, tl.int32), key, tl.cast(0.0, tl.float32)
+    return key, above, heavier, want, floor
+
+
+@triton.jit
+def _digits(
+    logits_ptr, seen_ptr, settings_ptr, row, first, V, key, step, top, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    DIGIT: tl.constexpr, STEPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """How many of a block's tokens that share the key so far have which next digit, and what they weigh."""
+    D: tl.constexpr = 1 << DIGIT
+    shift = (DIGIT * (STEPS - 1 - step % STEPS)).to(tl.uint32)
+    prefix = key.to(tl.uint32, bitcast=True) >> shift >> DIGIT
+    d = tl.arange(0, D)
+    counts, weights = tl.zeros((D,), dtype=tl.float32), tl.zeros((D,), dtype=tl.float32)
+    for start in range(0, BLOCK_V, CHUNK):
+        v = first + start + tl.arange(0, CHUNK)
+        x, u = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
+        u = u >> shift
+        shares = (v < V) & ((step % STEPS == 0) | ((u >> DIGIT) == prefix))
+        hit = tl.where(shares, (u & (D - 1)).to(tl.int32), -1)[None, :] == d[:, None]
+        counts += tl.sum(tl.where(hit, 1.0, 0.0), axis=1)
+        weights += tl.sum(tl.where(hit, tl.exp(x - top)[None, :], 0.0), axis=1)
+    return counts, weights
+
+
+# a size of 1 would be a constant, of which Triton's coalescing pass fails an assertion (3.6), and each step a kernel
 @triton.jit(do_not_specialize=["rows", "blocks", "step"])
 def _narrow_kernel(
     logits_ptr, seen_ptr, settings_ptr, top_ptr, sum_ptr, part_ptr, mark_ptr, key_ptr, V, rows, blocks, step,
@@ -182,26 +226,12 @@ def _narrow_kernel(
 ):  # fmt: skip
     begin(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
-    D: tl.constexpr = 1 << DIGIT
     k, p = tl.load(settings_ptr), tl.load(settings_ptr + 1)
     if ((step < STEPS) & (k < V)) | ((step >= STEPS) & (p < 1.0)):
-        top, whole = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
-        key, floor = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
-        above, heavier = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
-        want = k
-        if step != 0:
-            if (step != STEPS) | (k < V):
-                digit, key, above, heavier, own, want, floor = _descend(
-                    part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT, STEPS, BLOCK_B
-                )
-                if step == STEPS:
-                    whole = heavier + own
-                    floor = key
-                    key = tl.cast(0, tl.int32)
-                    above = tl.cast(0.0, tl.float32)
-            if step == STEPS:
-                # the most likely one always stays
-                want = tl.maximum(p, 1e-30) * whole
+        top, total = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
+        key, above, heavier, want, floor = _entry(
+            part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, k, p, total, V, DIGIT, STEPS, BLOCK_B
+        )
         if block == 0:
             slot = row * 2 * STEPS + step
             tl.store(mark_ptr + slot * 3, above)
@@ -209,23 +239,42 @@ def _narrow_kernel(
             tl.store(mark_ptr + slot * 3 + 2, want)
             tl.store(key_ptr + slot * 2, key)
             tl.store(key_ptr + slot * 2 + 1, floor)
-        digits_left = STEPS - 1 - step % STEPS
-        shift = (DIGIT * digits_left).to(tl.uint32)
-        d = tl.arange(0, D)
-        counts, weights = tl.zeros((D,), dtype=tl.float32), tl.zeros((D,), dtype=tl.float32)
-        prefix = key.to(tl.uint32, bitcast=True) >> shift >> DIGIT
-        for start in range(0, BLOCK_V, CHUNK):
-            v = block * BLOCK_V + start + tl.arange(0, CHUNK)
-            x, u = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
-            u = u >> shift
-            here = (v < V) & ((step % STEPS == 0) | ((u >> DIGIT) == prefix))
-            digit = tl.where(here, (u & (D - 1)).to(tl.int32), -1)
-            hit = digit[None, :] == d[:, None]
-            counts += tl.sum(tl.where(hit, 1.0, 0.0), axis=1)
-            weights += tl.sum(tl.where(hit, tl.exp(x - top)[None, :], 0.0), axis=1)
-        at = (((step % 2) * rows + row) * blocks + block) * (2 * D) + d
+        counts, weights = _digits(
+            logits_ptr, seen_ptr, settings_ptr, row, block * BLOCK_V, V, key, step, top, BLOCK_V, CHUNK, DIGIT, STEPS,
+            HALF,
+        )  # fmt: skip
+        D: tl.constexpr = 1 << DIGIT
+        at = (((step % 2) * rows + row) * blocks + block) * (2 * D) + tl.arange(0, D)
         tl.store(part_ptr + at, counts)
         tl.store(part_ptr + at + D, weights)
+
+
+@triton.jit
+def _border(
+    logits_ptr, settings_ptr, part_ptr, mark_ptr, key_ptr, row, block, rows, blocks, V, top, BLOCK_B: tl.constexpr,
+    DIGIT: tl.constexpr, STEPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """(the smallest key that stays, how many that have it are too many, how many of them come after the block and are
+    more than those that stay: the last ones stay)."""
+    k, p = tl.load(settings_ptr), tl.load(settings_ptr + 1)
+    border, surplus, after = tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    if (k < V) | (p < 1.0):
+        steps = tl.where(p < 1.0, 2 * STEPS, STEPS)
+        digit, border, above, _, _, want, floor = _descend(
+            part_ptr, mark_ptr, key_ptr, row, rows, blocks, steps, DIGIT, STEPS, BLOCK_B
+        )
+        if p < 1.0:
+            if border.to(tl.uint32, bitcast=True) < floor.to(tl.uint32, bitcast=True):
+                border = floor
+            else:
+                b = tl.arange(0, BLOCK_B)
+                at = (((2 * STEPS - 1) % 2 * rows + row) * blocks + b) * (2 << DIGIT) + digit
+                equal = tl.load(part_ptr + at, mask=b < blocks, other=0.0).to(tl.int32)
+                own = tl.exp(_value(border, logits_ptr, settings_ptr, HALF) - top)
+                stay = tl.maximum(tl.ceil(tl.minimum((want - above) / own, 1e9)).to(tl.int32), 1)
+                surplus = tl.sum(equal, axis=0) - stay
+                after = tl.sum(tl.where(b > block, equal, 0), axis=0) - stay
+    return border.to(tl.uint32, bitcast=True), surplus, after
 
 
 # --- the kernels at both ends -------------------------------------------------------------------------------------
@@ -253,47 +302,27 @@ def _draw_kernel(
 ):  # fmt: skip
     begin(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
-    D: tl.constexpr = 1 << DIGIT
-    k, p, min_p = tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2)
     top, total = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
     # a NaN and an infinity make it NaN
     tl.store(invalid_ptr, tl.cast(1, tl.int8), mask=(total < float("inf")) == 0)
-    border = tl.cast(0, tl.int32)
-    # how many of those on the border are too many, and how many of them come after this block
-    gone, after = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
-    if (k < V) | (p < 1.0):
-        steps = tl.where(p < 1.0, 2 * STEPS, STEPS)
-        digit, border, above, heavier, own, want, floor = _descend(
-            part_ptr, mark_ptr, key_ptr, row, rows, blocks, steps, DIGIT, STEPS, BLOCK_B
-        )
-        if p < 1.0:
-            if border.to(tl.uint32, bitcast=True) < floor.to(tl.uint32, bitcast=True):
-                border = floor
-            else:
-                b = tl.arange(0, BLOCK_B)
-                at = (((2 * STEPS - 1) % 2 * rows + row) * blocks + b) * (2 * D) + digit
-                equal = tl.load(part_ptr + at, mask=b < blocks, other=0.0).to(tl.int32)
-                after = tl.sum(tl.where(b > block, equal, 0), axis=0)
-                least = tl.exp(_value(border, logits_ptr, settings_ptr, HALF) - top)
-                room = tl.minimum((want - above) / least, 1e9)
-                gone = tl.sum(equal, axis=0) - tl.maximum(tl.ceil(room).to(tl.int32), 1)
-                stay = tl.maximum(tl.ceil(room).to(tl.int32), 1)
-                after = after - stay
+    border, surplus, after = _border(
+        logits_ptr, settings_ptr, part_ptr, mark_ptr, key_ptr, row, block, rows, blocks, V, top, BLOCK_B, DIGIT, STEPS,
+        HALF,
+    )  # fmt: skip
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     at = row.to(tl.int64) * V + v
     x, u = _read(logits_ptr, seen_ptr, settings_ptr, at, v < V, HALF)
     e = tl.exp(x - top)
-    least = border.to(tl.uint32, bitcast=True)
-    kept = (v < V) & (u >= least) & (e >= min_p)
-    if gone > 0:
-        on = ((v < V) & (u == least)).to(tl.int32)
-        # the last ones stay
+    kept = (v < V) & (u >= border) & (e >= tl.load(settings_ptr + 2))
+    if surplus > 0:
+        on = ((v < V) & (u == border)).to(tl.int32)
         kept = kept & ((on == 0) | (tl.cumsum(on, axis=0, reverse=True) + after <= 0))
     if noise_ptr is not None:
         e = e / tl.load(noise_ptr + at, mask=kept, other=1.0)
     e = tl.where(kept, e, -1.0)
     best = tl.max(e, axis=0)
     tl.store(value_ptr + row * blocks + block, best)
+    # one that stands nowhere, a NaN, is no token either
     tl.store(index_ptr + row * blocks + block, tl.minimum(tl.min(tl.where(e == best, v, V - 1), axis=0), V - 1))
 
 

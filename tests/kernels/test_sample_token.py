@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dsi_kernels import sample_token, sample_token_reference, sampling_settings
+from dsi_kernels.sample_token import FEW
 from tests.kernels.tolerance import DTYPES
 
-# above 128 groups of 64 tokens a row is more than its program holds
-WIDE = 9000
+# a row of three programs
+WIDE = 2500
 
 
 def state(device, rows=3, T=6):
@@ -58,9 +59,29 @@ def test_matches_reference(rows, V, settings, device):
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 300}, {"top_p": 0.95}, {"top_k": 2000, "top_p": 0.9}], ids=str)
-def test_borders_beyond_what_is_held(settings, device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_borders_of_flat_rows(settings, dtype, device):
     torch.manual_seed(1)
-    both((0.5 * torch.randn(2, WIDE)).to(device), drawn(2, WIDE, device), settings)
+    both((0.5 * torch.randn(2, WIDE)).to(device, dtype), drawn(2, WIDE, device), settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_token_that_stays_can_be_drawn_and_no_other(dtype, device):
+    """Both signs, both zeros, equals on the borders of k and of p, and what cannot be drawn at all."""
+    torch.manual_seed(2)
+    x = torch.tensor([-0.0, 0.0, 1.0, -1.0, 1e-3, -1e-3, 2.5, -40.0, float("-inf")])
+    logits = x[torch.randint(len(x), (1, 40))].to(device, dtype)
+    for settings in ({"top_k": 9}, {"top_p": 0.7}, {"top_k": 22, "top_p": 0.83}, {"top_k": 30, "min_p": 0.3}):
+        for token in range(0, 40, 3):
+            noise = torch.ones(1, 40, device=device)
+            noise[0, token] = 1e-30
+            both(logits, noise, settings)
+
+
+def test_more_rows_than_few(device):
+    torch.manual_seed(3)
+    logits = torch.randn(FEW + 1, 300).to(device, torch.bfloat16)
+    both(logits, drawn(FEW + 1, 300, device), {"top_k": 40, "top_p": 0.8})
 
 
 @pytest.mark.parametrize("V", [67, WIDE])
@@ -76,7 +97,7 @@ def test_equals_on_the_border_of_k_all_stay(V, device):
 
 @pytest.mark.parametrize(("V", "rest"), [(67, -50.0), (WIDE, -50.0), (WIDE, 1.0)])
 def test_of_equals_on_the_border_of_p_the_last_stay(V, rest, device):
-    """`rest`: what all other tokens have; as much as these ten, they reach beyond what is held."""
+    """`rest`: what all other tokens have; as much as these ten, they reach over all programs."""
     logits = torch.full((1, V), rest)
     logits[0, 1:11] = 1.0
     share = {"top_p": 0.35}
