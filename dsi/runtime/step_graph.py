@@ -113,15 +113,24 @@ class StepGraph:
         self.settings = torch.tensor(sampling_settings(), dtype=torch.float32, device=device)
         self.seen = torch.zeros(rows, key.penalized, dtype=torch.int8, device=device) if key.penalized else None
         self.invalid = torch.zeros(1, dtype=torch.bool, device=device)
-        self._count_from(cache.get_seq_length())
+        # positions of the text that it is made for
+        self.first = cache.get_seq_length()
+        self._count_from(self.first)
         self.layers = [GraphLayer(layer, start, filled) for layer in layers]
         self.graph, self.logits = self._captured(pool)
 
     def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        from dsi_kernels import compile_ahead
+
         stream = torch.cuda.Stream(self.counters.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), graph_kernels():
-            # compiles the kernels, and sets up what the libraries set up at their first call
+            # all at once; what ran meanwhile ran on what the others would have written
+            compile_ahead(self._run, self.counters.device)
+            self._count_from(self.first)
+            self.tokens.zero_()
+            self.positions.zero_()
+            # sets up what the libraries set up at their first call
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -74,6 +74,8 @@ def _advance_kernel(
     index = tl.load(index_ptr + at, mask=inside, other=V)
     top = tl.max(value, axis=1)
     chosen = tl.min(tl.where((value == top[:, None]) & inside, index, V), axis=1).to(tl.int64)
+    # what a kernel that was not launched left (`ahead`) is no address
+    chosen = tl.minimum(tl.maximum(chosen, 0), V - 1)
     if seen_ptr is not None:
         tl.store(seen_ptr + b.to(tl.int64) * V + chosen, tl.cast(1, tl.int8), mask=b < rows)
     if finished_ptr is not None:
