@@ -111,7 +111,7 @@ def recorded(call: Callable[[], object]) -> list[Kernel]:
     kernels = [
         Kernel(name=event.name, start=event.time_range.start, end=event.time_range.end)
         for event in events.events()
-        if event.device_type is DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     ]
     return sorted(kernels, key=lambda kernel: kernel.start)
 
