@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dsi_kernels._launch import Launch, Launches, kind_of
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.tuned import device_facts, launch_config
@@ -111,9 +112,10 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, starts_ptr, out_ptr, S, T, scale, group,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, mask_b, mask_s, mask_t, out_b, out_s,
     CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, S, heads, HEAD_DIM]; with starts_ptr the rows follow one another in one sequence of tokens."""
+    begin(PDL)
     block, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if CAUSAL:
         # the blocks with the most keys begin first
@@ -212,11 +214,12 @@ def launch_of(
         mask_strides, by_key = (mask.stride(0) * (mask.shape[0] > 1), by_row, mask.stride(3)), by_row == 0
     factor = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
     block_d = max(16, triton.next_power_of_2(head_dim))
+    options = {"num_warps": config["num_warps"], **launch_options(q.device)}
     # block_s to stages, as the kernel has them
-    constants = (causal, by_key, head_dim, block_s, config["block_t"], block_d, config["stages"])
+    blocks = (block_s, config["block_t"], block_d, config["stages"])
+    constants = (causal, by_key, head_dim, *blocks, options.pop("PDL"))
     fixed = (factor, heads // kv_heads, *strides[:9], *mask_strides, *strides[9:], *constants)
-    blocks = (triton.cdiv(longest, block_s), heads, B)
-    return Launch(_attention_kernel, blocks, fixed, {"num_warps": config["num_warps"]})
+    return Launch(_attention_kernel, (triton.cdiv(longest, block_s), heads, B), fixed, options)
 
 
 _LAUNCHES = Launches()
@@ -260,7 +263,7 @@ def attention(
         return launch_of(q, k, mask, (S, heads, B), strides, causal=causal, scale=scale, config=found)
 
     settings = None if config is None else tuple(config.items())
-    launch = _LAUNCHES.get((causal, scale, settings, kind_of(q, k, v, mask)), make)
+    launch = _LAUNCHES.get((causal, scale, settings, SWITCH.get(), kind_of(q, k, v, mask)), make)
     out = torch.empty((B, S, heads, head_dim), dtype=q.dtype, device=q.device)
     launch(q, k, v, mask, None, out, S, k.shape[2])
     return out

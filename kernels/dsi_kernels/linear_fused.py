@@ -8,6 +8,9 @@ that share rows of x run near one another (group_m), so that W comes out of the 
 alone do not fill the device: `splits` cuts K, each part leaves its sums in fp32, and a second kernel adds them up in a
 fixed order. No atomics: same input, same output. Work: 2 * M * N * K operations; bytes: x, W and y once.
 
+Where kernels begin early (`_pdl`) the programs have their part of W brought to the L2 cache while the kernel before
+still runs: no value is read, so that nothing depends on who writes it.
+
 Casting: sums, bias, activation, gate and residual in fp32, and one rounding at the end, where a linear layer and what
 follows it round two or three times. fp32 is multiplied as fp32, not as TF32.
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate_reference, check_kind
 from dsi_kernels.epilogue import finish
@@ -59,29 +63,68 @@ def linear_fused_reference(
 
 @triton.jit
 def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(rows [BLOCK_M], columns [BLOCK_N]) of this program: GROUP_M row tiles pass over the columns together."""
+    """(row tile, rows [BLOCK_M], columns [BLOCK_N]) of a program; GROUP_M row tiles pass over the columns together."""
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = tile // (GROUP_M * tiles_n) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     within = tile % (GROUP_M * tiles_n)
-    m = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_m = first + within % height
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    return m, n
+    return tile_m, m, n
+
+
+@triton.jit
+def _fetch(w_ptr, n, N, K, lo, hi, each, sharers):
+    """Has columns lo to hi of rows n of W brought to the L2 cache, by `sharers` programs of which this is `each`."""
+    # elements of a cache line, and of eight
+    line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+    run: tl.constexpr = 8 * line
+    row = tl.minimum(n, N - 1).to(tl.int64) * K
+    for k0 in tl.range(lo + each * run, hi, sharers * run):
+        # at the end of a row the last line once more: nothing beyond the matrix is asked for
+        columns = tl.minimum(k0 + tl.arange(0, 8) * line, hi - 1)
+        at = (w_ptr + row[:, None] + columns[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _begin_early(w_ptr, n, N, K, lo, hi, each, sharers, GATED: tl.constexpr):
+    """What can be done before the kernels before have ended, and their end."""
+    launch_dependents()
+    _fetch(w_ptr, n, N, K, lo, hi, each, sharers)
+    if GATED:
+        _fetch(w_ptr + tl.cast(N, tl.int64) * K, n, N, K, lo, hi, each, sharers)
+    wait()
+
+
+@triton.jit
+def _store_part(y_ptr, h, up, split, m, n, M, N, inside, GATED: tl.constexpr):
+    """One part's sums into [SPLITS, M, N], gated [SPLITS, M, 2 N]."""
+    width = 2 * N if GATED else N
+    at = (split.to(tl.int64) * M + m)[:, None] * width + n[None, :]
+    tl.store(y_ptr + at, h, mask=inside)
+    if GATED:
+        tl.store(y_ptr + at + N, up, mask=inside)
 
 
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, r_ptr, y_ptr, M, N, K,
     KIND: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N]; or with SPLITS > 1 the sums of each part of K, [SPLITS, M, N], gated [SPLITS, M, 2 N], fp32."""
-    m, n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, m, n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split, k = tl.program_id(1), tl.arange(0, BLOCK_K)
     rows, columns = (m < M)[:, None], (n < N)[None, :]
     inside = rows & columns
     step = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
     lo, hi = split * step, tl.minimum(split * step + step, K)
+    if PDL:
+        _begin_early(w_ptr, n, N, K, lo, hi, tile_m, tl.cdiv(M, BLOCK_M), GATED)
 
     # int64 before the multiply: 128k tokens of width 16384 pass 2**31 elements
     x_at = x_ptr + (m.to(tl.int64) * K)[:, None] + k[None, :]
@@ -100,11 +143,7 @@ def _linear_kernel(
             up = tl.dot(x, second, up, input_precision="ieee")
 
     if SPLITS > 1:
-        width = 2 * N if GATED else N
-        at = (split.to(tl.int64) * M + m)[:, None] * width + n[None, :]
-        tl.store(y_ptr + at, h, mask=inside)
-        if GATED:
-            tl.store(y_ptr + at + N, up, mask=inside)
+        _store_part(y_ptr, h, up, split, m, n, M, N, inside, GATED)
     else:
         at = (m.to(tl.int64) * N)[:, None] + n[None, :]
         h = finish(h, up, b_ptr, r_ptr, at, n[None, :], N, inside, KIND, GATED)
@@ -124,8 +163,9 @@ def sum_parts(p_ptr, row, cols, inside, M, width, SPLITS: tl.constexpr, BLOCK_D:
 @triton.jit
 def _sum_kernel(
     p_ptr, b_ptr, r_ptr, y_ptr, M, N,
-    KIND: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < N
@@ -165,7 +205,7 @@ def multiply(
             x, weight, bias, residual, y, M, N, K, KIND=kind, GATED=gated, SPLITS=splits,
             RAGGED=K % config["block_k"] != 0, BLOCK_M=config["block_m"], BLOCK_N=config["block_n"],
             BLOCK_K=config["block_k"], GROUP_M=config["group_m"], STAGES=config["stages"],
-            num_warps=config["num_warps"],
+            num_warps=config["num_warps"], **launch_options(x.device),
         )  # fmt: skip
 
 
@@ -234,6 +274,7 @@ def linear_fused(
     block = min(BLOCK, triton.next_power_of_2(N))
     with torch.cuda.device_of(x):
         _sum_kernel[(M, triton.cdiv(N, block))](
-            parts, bias, residual, y, M, N, KIND=kind, GATED=gated, SPLITS=splits, BLOCK_D=block
-        )
+            parts, bias, residual, y, M, N, KIND=kind, GATED=gated, SPLITS=splits, BLOCK_D=block,
+            **launch_options(x.device),
+        )  # fmt: skip
     return y

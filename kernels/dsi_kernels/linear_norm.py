@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsi_kernels._pdl import launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.layer_norm import layer_norm_reference, scale_and_shift, standardize
+from dsi_kernels.layer_norm import layer_norm_reference, standardize
 from dsi_kernels.linear_fused import check_product, linear_config, multiply, sum_parts
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row
 from dsi_kernels.rms_norm import rms_norm_reference
@@ -52,30 +53,46 @@ def linear_norm_reference(
 
 
 @triton.jit
+def _parameter(ptr, cols, inside, OTHER: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
+    """A row of parameters in fp32, or OTHER everywhere where there is none."""
+    if ptr is None:
+        row = tl.full([BLOCK_D], OTHER, tl.float32)
+    else:
+        row = tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
 def _sum_norm_kernel(
     p_ptr, b_ptr, r_ptr, g_ptr, c_ptr, y_ptr, s_ptr, M, D, eps,
-    NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # int64 before the multiply: T * D passes 2**31 at 512k tokens of width 4096
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
     at = row * D + cols
+    if PDL:
+        launch_dependents()
+    bias = _parameter(b_ptr, cols, inside, 0.0, BLOCK_D)
+    gamma = _parameter(g_ptr, cols, inside, 1.0, BLOCK_D)
+    beta = _parameter(c_ptr, cols, inside, 0.0, BLOCK_D)
+    if PDL:
+        wait()
 
-    h = sum_parts(p_ptr, row, cols, inside, M, D, SPLITS, BLOCK_D)
-    if b_ptr is not None:
-        h += tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + at, mask=inside, other=0.0)
+    h = sum_parts(p_ptr, row, cols, inside, M, D, SPLITS, BLOCK_D) + bias
     s = (h + r.to(tl.float32)).to(r.dtype)
-    tl.store(s_ptr + at, s, mask=inside)
+    if s_ptr is not None:
+        tl.store(s_ptr + at, s, mask=inside)
 
     h = s.to(tl.float32)
     if NORM == "layer":
-        h = scale_and_shift(standardize(h, inside, D, eps), g_ptr, c_ptr, cols, inside)
+        h = standardize(h, inside, D, eps) * gamma + beta
     else:
         h = h * tl.rsqrt(tl.sum(h * h, axis=0) / D + tl.cast(eps, tl.float32))
         # the product of two halves is exact in fp32, so this rounds as a multiply in their own dtype does
-        h = h.to(r.dtype).to(tl.float32) * tl.load(g_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        h = h.to(r.dtype).to(tl.float32) * gamma
     tl.store(y_ptr + at, h.to(r.dtype), mask=inside)
 
 
@@ -104,8 +121,9 @@ def linear_norm(
     norm_bias: Tensor | None,
     eps: float,
     *,
+    keep_sum: bool = True,
     config: Mapping[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The norm of the product plus bias and residual, and that sum.
 
     Args:
@@ -116,10 +134,11 @@ def linear_norm(
         norm: "layer" or "rms".
         norm_weight, norm_bias: [N] or None; rms needs a weight and has no bias.
         eps: added to the variance or mean square.
+        keep_sum: the sum is wanted too.
         config: all settings of tuned/linear_fused/default.json, in the place of the tuned ones.
 
     Returns:
-        (y, s): both [..., N], in x's dtype. Inputs are not modified.
+        (y, s): both [..., N], in x's dtype; s None where it is not wanted. Inputs are not modified.
 
     Raises:
         ValueError: shapes, dtypes, layout, devices or norm do not fit; the message names the offender.
@@ -128,7 +147,7 @@ def linear_norm(
     wanted = check_product("linear_norm", x, weight, bias, residual)
     _check_norm(residual, norm, norm_weight, norm_bias)
     sizes = linear_config(x, weight, "norm") if config is None else config
-    y, total = torch.empty_like(residual), torch.empty_like(residual)
+    y, total = torch.empty_like(residual), torch.empty_like(residual) if keep_sum else None
     if not y.numel():
         return y, total
     N, splits = wanted[-1], sizes["splits"]
@@ -138,6 +157,6 @@ def linear_norm(
     with torch.cuda.device_of(x):
         _sum_norm_kernel[(M,)](
             parts, bias, residual, norm_weight, norm_bias, y, total, M, N, eps, NORM=norm, SPLITS=splits,
-            BLOCK_D=block, num_warps=min(max(block // 256, 1), 16),
+            BLOCK_D=block, num_warps=min(max(block // 256, 1), 16), **launch_options(x.device),
         )  # fmt: skip
     return y, total
