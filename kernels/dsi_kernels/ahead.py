@@ -2,7 +2,8 @@
 
 A step launches some ten kernels that Triton has to compile, each 0.2 to 2 s, one after the other where each is compiled
 at its first launch. `compile_ahead` runs the step with nothing launched that is not compiled yet, remembers what would
-have been, and compiles all of it at once. Triton keeps the results on disk, so the next process finds them there.
+have been, and compiles and loads all of it at once: with each kernel comes a launcher in C, for which Triton starts a
+compiler of its own. Triton keeps the results on disk, so the next process finds them there.
 
 Through two of Triton's own places (3.6 to 3.9): the hook that is asked before a kernel is compiled, and
 `JITFunction.preload`, which compiles what the hook was told.
@@ -14,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ def compile_ahead(run: Callable[[], object], device: torch.device) -> int:
     def compile_one(kernel: Any, facts: str) -> None:
         # a thread of its own begins on the first device
         with torch.cuda.device(device):
-            kernel.preload(facts)
+            compiled = kernel.preload(facts)
+            # one that does not fit the device says so where it is launched
+            with suppress(triton.runtime.errors.OutOfResources):
+                # loads it, and sees to its launcher
+                _ = compiled.run
 
     with ThreadPoolExecutor(min(THREADS, len(wanted), os.cpu_count() or 1)) as pool:
         for future in [pool.submit(compile_one, kernel, facts) for (_, facts), kernel in wanted.items()]:

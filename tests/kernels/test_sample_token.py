@@ -69,11 +69,11 @@ def test_borders_of_flat_rows(settings, dtype, device):
 def test_each_token_that_stays_can_be_drawn_and_no_other(dtype, device):
     """Both signs, both zeros, equals on the borders of k and of p, and what cannot be drawn at all."""
     torch.manual_seed(2)
-    x = torch.tensor([-0.0, 0.0, 1.0, -1.0, 1e-3, -1e-3, 2.5, -40.0, float("-inf")])
-    logits = x[torch.randint(len(x), (1, 40))].to(device, dtype)
-    for settings in ({"top_k": 9}, {"top_p": 0.7}, {"top_k": 22, "top_p": 0.83}, {"top_k": 30, "min_p": 0.3}):
-        for token in range(0, 40, 3):
-            noise = torch.ones(1, 40, device=device)
+    x = torch.tensor([2.5] * 3 + [1.0] * 3 + [-0.0] * 4 + [0.0] * 4 + [1e-3, -1e-3, -1.0, -40.0, float("-inf")] * 4)
+    logits = x[torch.randperm(len(x))][None].to(device, dtype)
+    for settings in ({"top_k": 12}, {"top_p": 0.8}, {"top_k": 24, "top_p": 0.83}, {"top_k": 30, "min_p": 0.3}):
+        for token in (*range(0, len(x), 5), *(logits[0] == 0).nonzero()[:, 0].tolist()):
+            noise = torch.ones(1, len(x), device=device)
             noise[0, token] = 1e-30
             both(logits, noise, settings)
 
@@ -111,9 +111,10 @@ def test_of_equals_on_the_border_of_p_the_last_stay(V, rest, device):
         assert both(logits.to(device), noise.to(device), share) == [chosen]
 
 
-def test_a_penalty_for_what_was_seen(device):
-    logits = torch.zeros(2, 70, device=device)
-    logits[0, [5, 6]] = torch.tensor([3.0, 2.5], device=device)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_penalty_for_what_was_seen(dtype, device):
+    logits = torch.zeros(2, 70, device=device, dtype=dtype)
+    logits[0, [5, 6]] = torch.tensor([3.0, 2.5], device=device, dtype=dtype)
     logits[1] = torch.arange(70).to(device) - 90.0
     seen = torch.zeros(2, 70, dtype=torch.int8)
     seen[0, 5] = seen[1, 69] = 1
