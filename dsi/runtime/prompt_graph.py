@@ -121,6 +121,8 @@ class PromptGraph:
         self.positions = inputs.positions[:, :length]
         # the tables that the graph reads live as long as it
         self.prompt, self.cache = prompt, PromptCache(cache, length)
+        # the last place of a longer graph's text is none of this one's
+        inputs.last.zero_()
         self.graph, self.logits = capture(self._run, inputs.device, pool)
 
     def _run(self) -> Tensor:

@@ -164,6 +164,14 @@ def test_what_stood_behind_the_prompt_is_never_read(prompts):
     assert len(prompts) >= 1
 
 
+def test_a_shorter_graph_after_a_longer_one(prompts):
+    pair = llama()
+    for turn, length in enumerate((31, 30, 9, 9, 31)):
+        pair.check(inputs_for("llama", 1, length, seed=turn))
+    assert len(prompts) == 2
+    assert pair.ours._dsi.last_prompt.graph
+
+
 def test_one_new_token_keeps_its_graph(prompts):
     pair = llama()
     for turn in range(4):
