@@ -148,6 +148,12 @@ class DecodeRunner:
         return self.parts.positions is not None or self.parts.rotary is not None or self._own_rows() is not None
 
     @property
+    def static_rope(self) -> bool:
+        """Whether rotary terms, where there are any, depend on the position alone."""
+        rotary = self.parts.rotary
+        return rotary is None or getattr(self._at(rotary.path), "rope_type", None) in rotary.static_when
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """For each layer how many positions one sees, itself included; None for all before it."""
         return tuple(layer.facts.get("window") for layer in self._at(self.parts.layers))
@@ -280,7 +286,7 @@ class DecodeRunner:
 
     def _rope(self, rotary: Rotary, reach: int) -> Callable[[Tensor, Tensor | int], Rope]:
         module, pairs = self._at(rotary.path), self._at(self.parts.layers)[0].rope_pairs
-        if self._static(rotary):
+        if self.static_rope:
             return self.table.bind(module, reach, pairs)
         return lambda hidden, positions: _computed(module, hidden, positions, pairs=pairs)
 
@@ -291,10 +297,7 @@ class DecodeRunner:
         module = self._at(rotary.path)
         for buffer in module.buffers():
             # a module that computes them at each step may write to its buffers then, and a graph has it write too
-            yield identity(buffer) if self._static(rotary) else (buffer.data_ptr(), buffer.dtype)
-
-    def _static(self, rotary: Rotary) -> bool:
-        return getattr(self._at(rotary.path), "rope_type", None) in rotary.static_when
+            yield identity(buffer) if self.static_rope else (buffer.data_ptr(), buffer.dtype)
 
     def _own_rows(self) -> Tensor | None:
         layer = next(iter(self._at(self.parts.layers)), None)

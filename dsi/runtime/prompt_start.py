@@ -73,6 +73,11 @@ class PromptStart:
             return "the cache is the caller's"
         if self._placed:
             return "positions are given"
+        if not self.runner.static_rope:
+            return "the rotary terms depend on the prompt's length, which the graph's is not"
+        known = self.runner.learned_positions
+        if known is not None and bucket(ids.shape[1]) > known:
+            return "the graph would be longer than the positions that the model knows"
         return self.session.graphs.prompts.obstacle(*ids.shape) or self.runner.graph_obstacle()
 
     def _graph(self, ids: Tensor) -> PromptGraph | None:

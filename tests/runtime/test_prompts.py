@@ -271,3 +271,24 @@ def test_the_last_place_is_taken(rows, length, prompts, monkeypatch):
     for turn in range(2):
         pair.check(inputs_for("llama", rows, length, seed=turn))
     assert seen == [length, 16, 16]
+
+
+def test_rotary_terms_that_depend_on_the_length_are_of_the_prompts_own(prompts):
+    """The graph's length would choose others: it is beyond the length from which they change, the prompt is not."""
+    pair = Pair(tiny("llama_longrope"))
+    for seed in range(3):
+        pair.check(inputs_for("llama", 1, 31, seed=seed))
+    assert not prompts
+    assert "rotary terms depend" in pair.ours._dsi.last_prompt.reason
+
+
+def test_no_graph_is_longer_than_the_positions_that_there_are(prompts):
+    pair = Pair(tiny("gpt2", n_positions=47))
+    assert bucket(35) == 48
+    for seed in range(3):
+        pair.check(inputs_for("gpt2", 1, 35, seed=seed))
+    assert not prompts
+    assert "longer than the positions" in pair.ours._dsi.last_prompt.reason
+    for seed in range(2):
+        pair.check(inputs_for("gpt2", 1, 17, seed=seed))
+    assert len(prompts) == 1
