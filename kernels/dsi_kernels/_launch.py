@@ -9,7 +9,7 @@ the operands are, `Launch` the compiled kernel, which is launched as Triton's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Launch:
         """Launch it.
 
         Args:
-            *given: the first arguments: tensors, or None, of which all but the addresses is as at every call, the
-                first no None; numbers only where the kernel is not specialized on them.
+            *given: the first arguments: tensors, their descriptors, or None, of which all but the addresses is as at
+                every call, the first no None; numbers only where the kernel is not specialized on them.
         """
         addresses = 0
         for one in given:
@@ -58,21 +58,25 @@ class Launch:
             self._launched(given, aligned=aligned)
 
     def _launched(self, given: tuple[Any, ...], *, aligned: bool) -> None:
-        first: Tensor = given[0]
+        # a descriptor's tensor
+        first: Tensor = given[0] if isinstance(given[0], Tensor) else given[0].base
         with torch.cuda.device_of(first):
             found = self.kernel[self.grid](*given, *self.fixed, **self.options)
         if aligned and first.is_cuda and INSTALLED and not INTERPRETED:
             self._compiled, self._device = found, first.device.index
 
 
-class Launches:
-    """The launches of one operator, by what its operands are."""
+Made = TypeVar("Made")
+
+
+class Launches(Generic[Made]):
+    """The launches of one operator, and what else it has to know of them, by what its operands are."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, Launch] = {}
+        self._known: dict[Hashable, Made] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Launch]) -> Launch:
-        """The launch for such operands; `make` checks them and makes it where they are new."""
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What was made for such operands; `make` checks them and makes it where they are new."""
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= KEPT:

@@ -5,7 +5,7 @@ The stand-in takes every decorator and annotation at import; `require_triton` th
 
 from __future__ import annotations
 
-__all__ = ["INSTALLED", "INTERPRETED", "require_triton", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "TensorDescriptor", "require_triton", "tl", "triton"]
 
 MISSING = "needs Triton, which is not installed here (Linux with CUDA: pip install 'triton>=3.6')"
 
@@ -29,8 +29,9 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     INSTALLED = INTERPRETED = False
 else:
     INSTALLED = True

@@ -75,7 +75,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     return y, residual_out
 
 
-_LAUNCHES = Launches()
+_LAUNCHES: Launches[Launch] = Launches()
 
 
 def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Launch:

@@ -222,7 +222,7 @@ def launch_of(
     return Launch(_attention_kernel, (triton.cdiv(longest, block_s), heads, B), fixed, options)
 
 
-_LAUNCHES = Launches()
+_LAUNCHES: Launches[Launch] = Launches()
 
 
 def attention(

@@ -71,7 +71,7 @@ def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     return y
 
 
-_LAUNCHES = Launches()
+_LAUNCHES: Launches[Launch] = Launches()
 
 
 def _launch(gate_up: Tensor, kind: str) -> Launch:

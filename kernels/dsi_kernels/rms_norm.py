@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return y
 
 
-_LAUNCHES = Launches()
+_LAUNCHES: Launches[Launch] = Launches()
 
 
 def _launch(x: Tensor, weight: Tensor, eps: float) -> Launch:

@@ -116,10 +116,20 @@ def _rope_kv_write_kernel(
     tl.store(v_ptr + (b * v_b + v_slot * v_h + t * v_t)[:, None] + d[None, :], x, mask=is_v)
 
 
+def check_rope_kv_write(
+    op: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+    heads: int, kv_heads: int, head_dim: int,
+) -> int:  # fmt: skip
+    """The number of columns to rotate, 0 without cos and sin; a ValueError where operands do not fit."""
+    _check_qkv_and_caches(op, qkv, k_cache, v_cache, heads, kv_heads, head_dim)
+    rotary = _check_rope(op, qkv, cos, sin, head_dim)
+    check_devices(op, qkv=qkv, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    return rotary
+
+
 def _check_qkv_and_caches(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, kv_heads: int, head_dim: int
+    op: str, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    op = "rope_kv_write"
     if min(heads, kv_heads, head_dim) < 1:
         raise ValueError(f"{op}: heads={heads}, kv_heads={kv_heads} and head_dim={head_dim} must be 1 or more")
     width = (heads + 2 * kv_heads) * head_dim
@@ -135,13 +145,11 @@ def _check_qkv_and_caches(
             f"[B={qkv.shape[0]}, kv_heads={kv_heads}, capacity, head_dim={head_dim}]"
         )
     check_dtypes(op, qkv=qkv, k_cache=k_cache, v_cache=v_cache)
-    check_contiguous(op, qkv=qkv)
     check_rows_contiguous(op, k_cache=k_cache, v_cache=v_cache)
 
 
-def _check_rope(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, head_dim: int) -> int:
+def _check_rope(op: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, head_dim: int) -> int:
     """The number of columns to rotate, 0 without cos and sin."""
-    op = "rope_kv_write"
     if cos is None or sin is None:
         if cos is not sin:
             raise ValueError(f"{op}: cos and sin come together; {'cos' if cos is None else 'sin'} is None alone")
@@ -202,16 +210,16 @@ def rope_kv_write(
     return q
 
 
-_LAUNCHES = Launches()
+_LAUNCHES: Launches[Launch] = Launches()
 
 
 def _launch(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, k_cache: Tensor, v_cache: Tensor, start: int | Tensor,
     heads: int, kv_heads: int, head_dim: int,
 ) -> Launch:  # fmt: skip
-    _check_qkv_and_caches(qkv, k_cache, v_cache, heads, kv_heads, head_dim)
-    rotary = _check_rope(qkv, cos, sin, head_dim)
-    check_devices("rope_kv_write", qkv=qkv, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    op = "rope_kv_write"
+    rotary = check_rope_kv_write(op, qkv, cos, sin, k_cache, v_cache, heads, kv_heads, head_dim)
+    check_contiguous(op, qkv=qkv)
     B, S, _ = qkv.shape
     stride = position_stride("rope_kv_write", "start", start, B, qkv.device)
     tokens, slots, block_d = B * S, heads + 2 * kv_heads, triton.next_power_of_2(head_dim)

@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 18
+    assert len(OPS) == 19
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -79,6 +79,7 @@ calls = {
     "input_flags": (None, None, None, ids[0].clone(), ids[0].clone(), 9),
     "sample_token": (x[:1], None, torch.tensor([1.0, 0, 1, 0, 1, 0]), ids.clone(), ids.clone(), ids.clone(),
                      torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)),
+    "prompt_linear": (x.half(), x.half()),
     "linear_fused": (x, x), "linear_norm": (x, x, None, torch.zeros(3, 3), "layer", None, None, 1e-5),
     "attention": (q, q, q), "varlen_attention": (q[0], q[0], q[0], torch.tensor([0, 1], dtype=torch.int32), 1),
 }
