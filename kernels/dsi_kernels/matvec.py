@@ -5,14 +5,16 @@
     out = [residual +] h,  activation(h),  or  activation(h[:N]) * h[N:]  (gated)
 
 A token reads every weight once: N * K * itemsize bytes, memory bound; all else is small. A program owns BLOCK_N rows of
-W and walks along K, reading one tile ahead of its products; each thread adds those up by itself in fp32 until the end,
-so that the loop holds loads and multiply-adds alone. The first tile is on its way before the row is there; launched
-dependently, before the kernel that makes the row has ended.
+W and walks along K, reading one tile of weights and of the row ahead of its products; each thread adds those up by
+itself in fp32 until the end, so that the loop holds loads and multiply-adds alone. Where a row is one tile, a program
+may own several times BLOCK_N rows: the row is taken once then. The first tile is on its way before the row is there;
+launched dependently, before the kernel that makes the row has ended.
 
 The norm of x is taken anew by every program, out of the L2 cache: cheaper than a launch. Of rms the scale is a factor
 of the whole row, so it multiplies the sum, and the mean square is found along the way; a pass of its own before the
-first weight arrives cost 11 of 111 us a LLaMA 7B layer (H200). layer takes that pass, under the first tile: its
-variance would lose digits otherwise. No atomics, one order of summing: same input, same output.
+first weight arrives cost 11 of 111 us a LLaMA 7B layer (H200). layer takes that pass, under the first tile. Bringing
+what a later kernel reads into the L2 cache meanwhile cost 1 to 2 us a layer. No atomics, one order of summing: same
+input, same output.
 
 Casting: everything in fp32, the normalised row too, which the layers round to the dtype; one rounding at the end.
 
@@ -27,7 +29,8 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate, activate_reference, check_kind
+from dsi_kernels.activations import activate_reference, check_kind
+from dsi_kernels.epilogue import finish
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.tuned import device_facts, launch_config
 
@@ -72,46 +75,66 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _statistics(x_ptr, K, eps, NORM: tl.constexpr, BLOCK_ROW: tl.constexpr):
-    """(mean, 1 / deviation) of one row, fp32, for the layer norm; else (0, 1)."""
-    mean, rstd = 0.0, 1.0
-    if NORM == "layer":
-        k = tl.arange(0, BLOCK_ROW)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=0) / K
-        x = tl.where(k < K, x - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
-    return mean, rstd
+def _both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def _row(x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM: tl.constexpr):
-    """(a tile of the row as the product wants it, the same as it lies in memory), both [BLOCK_K] fp32."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    y = x
-    if NORM == "rms":
-        y = x * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if NORM == "layer":
-        y = (x - mean) * rstd
-        if g_ptr is not None:
-            y = y * tl.load(g_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        if c_ptr is not None:
-            y = y + tl.load(c_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        y = tl.where(k < K, y, 0.0)
-    return y, x
+def _statistics(x_ptr, x, inside, K, eps):
+    """(mean, 1 / deviation) of a row, in one pass.
+
+    Around the middle one of three elements: neither an offset that all have in common costs digits then, nor one
+    element that is far from all others.
+    """
+    a, b, c = (tl.load(x_ptr), tl.load(x_ptr + K // 2), tl.load(x_ptr + K - 1))
+    pivot = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)).to(tl.float32)
+    d = tl.where(inside, x - pivot, 0.0)
+    total, squares = tl.reduce((d, d * d), 0, _both)
+    shift = total / K
+    return pivot + shift, tl.rsqrt(squares / K - shift * shift + eps)
 
 
 @triton.jit
-def _weights(w_rows, k, inside, N, K, GATED: tl.constexpr):
+def _tile(ptr, k, K):
+    """A tile of a row as it lies in memory; of a row that is not there, something."""
+    tile = k
+    if ptr is not None:
+        tile = tl.load(ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+    return tile
+
+
+@triton.jit
+def _weights(w_ptr, n, k, N, K, GATED: tl.constexpr):
     """(a tile of the matrix, the one N rows below it if there is a gate), [BLOCK_N, BLOCK_K] in the dtype it has."""
-    mask = inside[:, None] & (k < K)[None, :]
-    w = tl.load(w_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    # int64 before the multiply: a head of 256k x 16k passes 2**31 elements
+    rows = w_ptr + (n.to(tl.int64) * K)[:, None]
+    w = tl.load(rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     up = w
     if GATED:
-        # int64 before the multiply
-        second = w_rows + N.to(tl.int64) * K
-        up = tl.load(second + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        up = tl.load(rows + N.to(tl.int64) * K + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     return w, up
+
+
+@triton.jit
+def _normed(x, mean, rstd, g, c, g_ptr, c_ptr, NORM: tl.constexpr):
+    """A tile of the row as the product wants it, fp32; of rms without its scale."""
+    if NORM == "layer":
+        x = (x - mean) * rstd
+    if g_ptr is not None:
+        x = x * g.to(tl.float32)
+    if c_ptr is not None:
+        x = x + c.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _counted(x, squares, mean, rstd, g, c, g_ptr, c_ptr, NORM: tl.constexpr):
+    """(`_normed`, squares with the tile's added where the norm is rms)."""
+    x = x.to(tl.float32)
+    if NORM == "rms":
+        squares += x * x
+    return _normed(x, mean, rstd, g, c, g_ptr, c_ptr, NORM), squares
 
 
 @triton.jit
@@ -122,85 +145,151 @@ def _folded(products, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    h, up, squares, w, w_up, x_ptr, k, K, mean, rstd, g_ptr, c_ptr,
-    NORM: tl.constexpr, GATED: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """(h, up, squares) with a tile's products added."""
-    y, x = _row(x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM)
-    if NORM == "rms":
-        squares += x * x
+def _multiply(h, up, w, w_up, y, GATED: tl.constexpr, FOLD: tl.constexpr):
+    """(h, up) with a tile's products added."""
     h += _folded(w.to(tl.float32) * y[None, :], FOLD)
     if GATED:
         up += _folded(w_up.to(tl.float32) * y[None, :], FOLD)
-    return h, up, squares
+    return h, up
 
 
 @triton.jit
 def _finish(
-    h, up, squares, K, eps, b_ptr, r_ptr, out_ptr, n, N, row,
-    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    h, up, scale, b_ptr, r_ptr, out_ptr, n, N, row, NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
-    """The sums of BLOCK_N rows, the scale of rms, bias, activation, gate and residual, and the store."""
-    inside = n < N
-    h, up = tl.sum(h, axis=1), tl.sum(up, axis=1)
+    """The sums of BLOCK_N rows, the scale of rms, what follows a product, and the store."""
+    h, up, inside, at = tl.sum(h, axis=1), tl.sum(up, axis=1), n < N, row * N + n
     if NORM == "rms":
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
         h, up = h * scale, up * scale
-    if b_ptr is not None:
-        h += tl.load(b_ptr + n, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(b_ptr + N + n, mask=inside, other=0.0).to(tl.float32)
-    if KIND != "":
-        h = activate(h, KIND)
-    if GATED:
-        h = h * up
-    at = row * N + n
-    if r_ptr is not None:
-        h += tl.load(r_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    h = finish(h, up, b_ptr, r_ptr, at, n, N, inside, KIND, GATED)
     tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _whole_row(x_ptr, k, K, eps, g, c, g_ptr, c_ptr, NORM: tl.constexpr):
+    """(the row as the product wants it, its scale), where it is one tile."""
+    x, scale, mean, rstd = _tile(x_ptr, k, K).to(tl.float32), 1.0, 0.0, 1.0
+    if NORM == "rms":
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+    if NORM == "layer":
+        mean, rstd = _statistics(x_ptr, x, k < K, K, eps)
+    return _normed(x, mean, rstd, g, c, g_ptr, c_ptr, NORM), scale
+
+
+@triton.jit
+def _whole_tile(
+    w, w_up, y, scale, y2, scale2, b_ptr, r_ptr, out_ptr, n, N,
+    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """One or two whole rows times BLOCK_N rows of the matrix, to the end."""
+    zeros = tl.zeros([w.shape[0], w.shape[1] // FOLD], tl.float32)
+    h, up = _multiply(zeros, zeros, w, w_up, y, GATED, FOLD)
+    _finish(h, up, scale, b_ptr, r_ptr, out_ptr, n, N, 0, NORM, KIND, GATED)
+    if TWO:
+        h, up = _multiply(zeros, zeros, w, w_up, y2, GATED, FOLD)
+        _finish(h, up, scale2, b_ptr, r_ptr, out_ptr, n, N, 1, NORM, KIND, GATED)
+
+
+@triton.jit
+def _figures(x_ptr, K, eps, NORM: tl.constexpr, BLOCK_ROW: tl.constexpr):
+    """(mean, 1 / deviation) of a row of several tiles for the layer norm; else (0, 1)."""
+    mean, rstd = 0.0, 1.0
+    if NORM == "layer":
+        k = tl.arange(0, BLOCK_ROW)
+        mean, rstd = _statistics(x_ptr, _tile(x_ptr, k, K).to(tl.float32), k < K, K, eps)
+    return mean, rstd
+
+
+@triton.jit
+def _by_rows(
+    x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
+    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, SERIES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A row is one tile: it is taken once, and then the program's tiles of the matrix, one after the other."""
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    stride = tl.num_programs(0) * BLOCK_N
+    # the first weights are on their way before the row is there
+    w, w_up = _weights(w_ptr, n, k, N, K, GATED)
+    g, c, next_w, next_up = _tile(g_ptr, k, K), _tile(c_ptr, k, K), w, w_up
+    if SERIES:
+        next_w, next_up = _weights(w_ptr, n + stride, k, N, K, GATED)
+    if PDL:
+        wait()
+    y, scale = _whole_row(x_ptr, k, K, eps, g, c, g_ptr, c_ptr, NORM)
+    y2, scale2 = y, scale
+    if TWO:
+        y2, scale2 = _whole_row(x_ptr + K, k, K, eps, g, c, g_ptr, c_ptr, NORM)
+    _whole_tile(w, w_up, y, scale, y2, scale2, b_ptr, r_ptr, out_ptr, n, N, NORM, KIND, GATED, TWO, FOLD)
+    if SERIES:
+        for n0 in tl.range(tl.program_id(0) * BLOCK_N + stride, N, stride, num_stages=1):
+            n = n0 + tl.arange(0, BLOCK_N)
+            w, w_up = next_w, next_up
+            next_w, next_up = _weights(w_ptr, n + stride, k, N, K, GATED)
+            _whole_tile(w, w_up, y, scale, y2, scale2, b_ptr, r_ptr, out_ptr, n, N, NORM, KIND, GATED, TWO, FOLD)
+
+
+@triton.jit
+def _by_tiles(
+    x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
+    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A row has several tiles, and is walked along with the rows of the matrix."""
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    # the first weights are on their way before the row is there
+    w, w_up = _weights(w_ptr, n, k, N, K, GATED)
+    g, c = _tile(g_ptr, k, K), _tile(c_ptr, k, K)
+    if PDL:
+        wait()
+    x = _tile(x_ptr, k, K)
+    mean, rstd = _figures(x_ptr, K, eps, NORM, BLOCK_ROW)
+    x2, mean2, rstd2 = x, mean, rstd
+    if TWO:
+        x2 = _tile(x_ptr + K, k, K)
+        mean2, rstd2 = _figures(x_ptr + K, K, eps, NORM, BLOCK_ROW)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    h = tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32)
+    squares2, up, h2, up2 = squares, h, h, h
+    for k0 in tl.range(BLOCK_K, K + BLOCK_K, BLOCK_K, num_stages=1):
+        # everything a tile ahead; beyond the last one the mask lets nothing be read
+        k = k0 + tl.arange(0, BLOCK_K)
+        next_w, next_up = _weights(w_ptr, n, k, N, K, GATED)
+        next_x, next_g, next_c = _tile(x_ptr, k, K), _tile(g_ptr, k, K), _tile(c_ptr, k, K)
+        y, squares = _counted(x, squares, mean, rstd, g, c, g_ptr, c_ptr, NORM)
+        h, up = _multiply(h, up, w, w_up, y, GATED, FOLD)
+        if TWO:
+            y, squares2 = _counted(x2, squares2, mean2, rstd2, g, c, g_ptr, c_ptr, NORM)
+            h2, up2 = _multiply(h2, up2, w, w_up, y, GATED, FOLD)
+            x2 = _tile(x_ptr + K, k, K)
+        w, w_up, x, g, c = next_w, next_up, next_x, next_g, next_c
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    _finish(h, up, scale, b_ptr, r_ptr, out_ptr, n, N, 0, NORM, KIND, GATED)
+    if TWO:
+        scale = tl.rsqrt(tl.sum(squares2, axis=0) / K + eps)
+        _finish(h2, up2, scale, b_ptr, r_ptr, out_ptr, n, N, 1, NORM, KIND, GATED)
 
 
 @triton.jit(do_not_specialize=["eps"])
 def _matvec_kernel(
     x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
-    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr,
+    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, WHOLE: tl.constexpr,
+    SERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         launch_dependents()
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    eps, rows, k = tl.cast(eps, tl.float32), n < N, tl.arange(0, BLOCK_K)
-    # int64 before the multiply: a head of 256k x 16k passes 2**31 elements
-    w_rows = w_ptr + (n.to(tl.int64) * K)[:, None]
-    # the first weights are on their way before the row is there, be it from the kernel before or from its own norm
-    w, w_up = _weights(w_rows, k, rows, N, K, GATED)
-    if PDL:
-        wait()
-
-    mean, rstd = _statistics(x_ptr, K, eps, NORM, BLOCK_ROW)
-    mean2, rstd2 = 0.0, 1.0
-    if TWO:
-        mean2, rstd2 = _statistics(x_ptr + K, K, eps, NORM, BLOCK_ROW)
-    squares, squares2 = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
-    h, up = tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32)
-    h2, up2 = tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32), tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32)
-    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
-        k = k0 + tl.arange(0, BLOCK_K)
-        # a tile ahead; beyond the last one the mask lets nothing be read
-        next_w, next_up = _weights(w_rows, k + BLOCK_K, rows, N, K, GATED)
-        h, up, squares = _multiply(
-            h, up, squares, w, w_up, x_ptr, k, K, mean, rstd, g_ptr, c_ptr, NORM, GATED, FOLD
+    eps = tl.cast(eps, tl.float32)
+    if WHOLE:
+        _by_rows(
+            x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps, NORM, KIND, GATED, TWO, SERIES, BLOCK_N,
+            BLOCK_K, FOLD, PDL,
         )  # fmt: skip
-        if TWO:
-            h2, up2, squares2 = _multiply(
-                h2, up2, squares2, w, w_up, x_ptr + K, k, K, mean2, rstd2, g_ptr, c_ptr, NORM, GATED, FOLD
-            )  # fmt: skip
-        w, w_up = next_w, next_up
-    _finish(h, up, squares, K, eps, b_ptr, r_ptr, out_ptr, n, N, 0, NORM, KIND, GATED)
-    if TWO:
-        _finish(h2, up2, squares2, K, eps, b_ptr, r_ptr, out_ptr, n, N, 1, NORM, KIND, GATED)
+    else:
+        _by_tiles(
+            x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps, NORM, KIND, GATED, TWO, BLOCK_N, BLOCK_K,
+            BLOCK_ROW, FOLD, PDL,
+        )  # fmt: skip
 
 
 def _check_options(x: Tensor, norm: str, norm_weight: Tensor | None, kind: str, gated: bool) -> None:
@@ -255,7 +344,8 @@ def matvec(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k and num_warps in the place of the tuned ones.
+        config: block_n, block_k, num_warps and programs_per_sm, above which a program takes several tiles of a matrix
+            whose columns are one, in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -274,14 +364,18 @@ def matvec(
     rows, K = x.shape
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
+    name, sms = device_facts(x.device)
     shape = f"rows={rows},n={weight.shape[0]},k={K},bytes={x.element_size()}"
-    sizes = launch_config("matvec", shape, device_facts(x.device)[0]) if config is None else config
+    sizes = launch_config("matvec", shape, name) if config is None else config
     block_k = min(sizes["block_k"], triton.next_power_of_2(K))
+    tiles, whole = triton.cdiv(N, sizes["block_n"]), block_k >= K
+    programs = min(tiles, sms * sizes["programs_per_sm"]) if whole else tiles
     with torch.cuda.device_of(x):
-        _matvec_kernel[(triton.cdiv(N, sizes["block_n"]),)](
-            x, weight, bias, norm_weight, norm_bias, residual, out, N, K, eps, NORM=norm, KIND=kind, GATED=gated,
-            TWO=rows == 2, BLOCK_N=sizes["block_n"], BLOCK_K=block_k, BLOCK_ROW=triton.next_power_of_2(K),
-            FOLD=min(16 // x.element_size(), block_k), num_warps=sizes["num_warps"],
-            **launch_options(x.device),
+        _matvec_kernel[(programs,)](
+            x, weight, bias, norm_weight if norm else None, norm_bias if norm == "layer" else None, residual, out, N, K,
+            eps, NORM=norm, KIND=kind, GATED=gated,
+            TWO=rows == 2, WHOLE=whole, SERIES=programs < tiles, BLOCK_N=sizes["block_n"],
+            BLOCK_K=block_k, BLOCK_ROW=triton.next_power_of_2(K), FOLD=min(16 // x.element_size(), block_k),
+            num_warps=sizes["num_warps"], **launch_options(x.device),
         )  # fmt: skip
     return out

@@ -6,7 +6,10 @@ import torch
 from dsi_kernels import KINDS, matvec, matvec_reference, rms_norm_reference
 from tests.kernels.tolerance import DTYPES, assert_close, share_equal
 
-SMALL = {"block_n": 2, "block_k": 32, "num_warps": 1}
+SMALL = {"block_n": 2, "block_k": 32, "num_warps": 1, "programs_per_sm": 64}
+# a row is one tile; a program has one tile of the matrix's rows, or several
+WHOLE = {**SMALL, "block_k": 512}
+SERIES = {**WHOLE, "programs_per_sm": 1}
 
 
 def operands(device, dtype=torch.float32, *, rows=1, N=7, K=50, scale=1.0, gated=False):
@@ -27,9 +30,9 @@ def without(given, *names):
     return {name: t for name, t in given.items() if name not in names}
 
 
-def check(given, **options):
+def check(given, config=SMALL, **options):
     before = {name: t.clone() for name, t in given.items()}
-    found = matvec(**given, **options, config=SMALL)
+    found = matvec(**given, **options, config=config)
     assert_close(found, matvec_reference(**given, **options), 3e-6 if found.dtype == torch.float32 else 1e-2)
     assert all(torch.equal(given[name], t) for name, t in before.items())
 
@@ -53,6 +56,25 @@ def test_norms(norm, scale, dtype, rows, device):
     check(without(given, *(["norm_bias"] if norm == "rms" else [])), norm=norm, eps=1e-6)
     if norm == "layer":
         check(without(given, "norm_weight", "norm_bias"), norm=norm, eps=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("config", [WHOLE, SERIES], ids=["a tile each", "several tiles"])
+@pytest.mark.parametrize("norm", ["", "rms", "layer"])
+def test_a_row_that_is_one_tile(norm, config, rows, device):
+    given = operands(device, rows=rows, N=33, gated=True)
+    check(without(given, *([] if norm == "layer" else ["norm_bias"])), config, norm=norm, kind="silu", gated=True)
+
+
+@pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["tiles", "whole"])
+@pytest.mark.parametrize(("at", "value"), [(slice(None), 300.0), (0, 500.0), (3, 500.0)], ids=["all", "first", "one"])
+def test_a_row_far_from_zero_keeps_its_digits(at, value, config, device):
+    given = without(operands(device, K=512), "bias", "residual")
+    given["x"][:, at] += value
+    exact = {name: t.double() for name, t in given.items()}
+    y = torch.nn.functional.layer_norm(exact["x"], (512,), exact["norm_weight"], exact["norm_bias"], 1e-6)
+    found = matvec(**given, norm="layer", config=config)
+    assert_close(found, (y @ exact["weight"].T).float(), 3e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
