@@ -215,6 +215,10 @@ class AtenOps:
         total = linear.add(x, residual)
         return self.norm(norm, total), total
 
+    def project_normed(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> Tensor:
+        """norm(linear(x) + residual), whose sum nobody needs."""
+        return self.project_norm(linear, x, residual, norm)[0]
+
     def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
         """linear(norm(x)), x [B, K]."""
         return linear.forward(self.norm(norm, x))

@@ -201,14 +201,13 @@ class TransformerLayer(Container):
             hidden = ops.norm(places["norm_attn_out"], out.forward(attended)).add_(hidden)
             return ops.norm(places["norm_mlp_out"], self._mlp(ops.norm(places["norm_mlp"], hidden))).add_(hidden)
         if self.add_to_normed:
-            normed, _ = ops.project_norm(out, attended, normed, places["norm_mlp"])
+            normed = ops.project_normed(out, attended, normed, places["norm_mlp"])
             return self._mlp_add(normed, normed)
         if self.pre_norm:
             normed, hidden = ops.project_norm(out, attended, hidden, places["norm_mlp"])
             return self._mlp_add(normed, hidden)
-        hidden, _ = ops.project_norm(out, attended, hidden, places["norm_attn"])
-        hidden, _ = ops.project_norm(places["down"], self._expand(hidden), hidden, places["norm_mlp"])
-        return hidden
+        hidden = ops.project_normed(out, attended, hidden, places["norm_attn"])
+        return ops.project_normed(places["down"], self._expand(hidden), hidden, places["norm_mlp"])
 
     def _mlp_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """mlp(x) + residual, which is the layer's own to overwrite, and may be x."""

@@ -63,15 +63,29 @@ class TritonOps(TritonStepOps):
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
         if torch_wins(residual):
             return super().project_norm(linear, x, residual, norm)
+        normed, total = self._norm_of_sum(linear, x, residual, norm, keep_sum=True)
+        assert total is not None, "the sum was asked for"
+        return normed, total
+
+    def project_normed(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> Tensor:
+        if torch_wins(residual):
+            return super().project_norm(linear, x, residual, norm)[0]
+        return self._norm_of_sum(linear, x, residual, norm, keep_sum=False)[0]
+
+    def _norm_of_sum(
+        self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp, *, keep_sum: bool
+    ) -> tuple[Tensor, Tensor | None]:
         import dsi_kernels
 
+        residual = residual.contiguous()
         known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
         if known and (config := _fused(linear, x, "norm")) is not None:
             norms = (norm.kind, norm.weight, norm.bias, norm.eps)
-            return dsi_kernels.linear_norm(x, linear.weight, linear.bias, residual.contiguous(), *norms, config=config)
-        y, residual = linear.forward(x), residual.contiguous()
+            given = (x, linear.weight, linear.bias, residual, *norms)
+            return dsi_kernels.linear_norm(*given, keep_sum=keep_sum, config=config)
+        y = linear.forward(x)
         if norm.kind == "layer":
-            return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps)
+            return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, keep_sum=keep_sum)
         if norm.weight is None or norm.offset:
             return self.norm(norm, total := y.add_(residual)), total
         return dsi_kernels.add_rms_norm(y, residual, norm.weight, norm.eps)

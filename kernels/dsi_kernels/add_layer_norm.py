@@ -4,7 +4,7 @@
     y         = (residual' - mean) * rsqrt(var + eps) * weight + bias
 
 One program per row, whole row in registers, so D <= 65536 / itemsize. Reads x and residual once, writes both outputs
-once: 4 * T * D * itemsize bytes, memory bound.
+once: 4 * T * D * itemsize bytes, 3 where the sum is not wanted, memory bound.
 
 The sum is rounded once and normalised as rounded. A linear that leaves its bias to this op rounds its product instead
 of its product plus bias, so there are as many roundings as in the stock layer. The norm is that of layer_norm.py.
@@ -55,7 +55,8 @@ def _add_layer_norm_kernel(
     if xb_ptr is not None:
         h = h + tl.load(xb_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     r = (h + r.to(tl.float32)).to(x.dtype)
-    tl.store(r_out_ptr + row + cols, r, mask=inside)
+    if r_out_ptr is not None:
+        tl.store(r_out_ptr + row + cols, r, mask=inside)
 
     h = standardize(r.to(tl.float32), inside, D, eps)
     h = scale_and_shift(h, w_ptr, b_ptr, cols, inside)
@@ -69,7 +70,9 @@ def add_layer_norm(
     bias: Tensor | None,
     eps: float = 1e-5,
     x_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """The layer-normalised sum of x, x_bias and residual, and the sum.
 
     Args:
@@ -77,9 +80,10 @@ def add_layer_norm(
         weight, bias: [D], same dtype; None leaves out the multiply, the add.
         eps: added to the variance; the square of x's unit.
         x_bias: [D], same dtype, added to every row of x first; None for none.
+        keep_sum: the sum is wanted too.
 
     Returns:
-        (y, residual'): both [..., D], in x's dtype. Inputs are not modified.
+        (y, residual'): both [..., D], in x's dtype; None for a sum that is not wanted. Inputs are not modified.
 
     Raises:
         ValueError: shapes, dtypes, layout or devices do not fit; the message names the offender.
@@ -94,7 +98,7 @@ def add_layer_norm(
     check_contiguous("add_layer_norm", **operands)
     check_devices("add_layer_norm", **operands)
 
-    y, residual_out = torch.empty_like(x), torch.empty_like(x)
+    y, residual_out = torch.empty_like(x), torch.empty_like(x) if keep_sum else None
     if rows := x.numel() // D:
         block = triton.next_power_of_2(D)
         warps = min(max(block // 256, 1), 16)

@@ -309,7 +309,7 @@ def test_the_mixed_table_takes_torch_s_attention_and_kernels_around_it():
     assert type(table) is TritonLayerOps
     for name in ("split", "append", "decode", "attend"):
         assert getattr(TritonLayerOps, name) is getattr(AtenOps, name)
-    for name in ("norm", "project_norm", "activate", "gate"):
+    for name in ("norm", "project_norm", "project_normed", "activate", "gate"):
         assert getattr(TritonLayerOps, name) is getattr(type(TABLES["triton"]), name)
 
 

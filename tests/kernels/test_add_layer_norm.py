@@ -30,6 +30,15 @@ def test_matches_reference(shape, has_x_bias, scale, dtype, device):
     assert torch.equal(r, before[1])
 
 
+def test_a_sum_that_nobody_wants_changes_nothing(device):
+    x, r = torch.randn(2, 3, 129).to(device, torch.float16)
+    w, b = torch.randn(2, 129).to(device, torch.float16)
+    wanted, _ = add_layer_norm(x, r, w, b)
+    found, total = add_layer_norm(x, r, w, b, keep_sum=False)
+    assert total is None
+    assert torch.equal(found, wanted)
+
+
 def test_is_a_post_norm_layers_end(device):
     """BERT's: LayerNorm(linear(x) + residual), with the linear's bias left to the kernel."""
     torch.manual_seed(1)

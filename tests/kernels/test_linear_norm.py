@@ -46,6 +46,16 @@ def test_without_bias_and_norm_parameters(device):
         near(one, other)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_sum_that_nobody_wants_changes_nothing(device, norm):
+    torch.manual_seed(2)
+    given = (*operands(6, 20, 24, torch.float16, device), *norms(20, norm, torch.float16, device), 1e-5)
+    wanted, _ = dk.linear_norm(*given, config=BLOCKS | {"splits": 2})
+    found, total = dk.linear_norm(*given, keep_sum=False, config=BLOCKS | {"splits": 2})
+    assert total is None
+    assert torch.equal(found, wanted)
+
+
 X, W, R, G = torch.zeros(2, 16), torch.zeros(6, 16), torch.zeros(2, 6), torch.zeros(6)
 
 
