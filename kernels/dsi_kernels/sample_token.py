@@ -22,16 +22,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsi_kernels._pdl import begin, launch_options
+from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.greedy_token import _advance_kernel, check_state
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 
-BLOCK_V, WARPS = 1024, 4
-# rows from which on blocks are larger: the last kernel holds the figures of every block of every row at once
-FEW = 8
-# bits of a key that one step looks at, and cells that a program of it holds at once
-DIGIT, CELLS = 4, 1 << 14
+# tokens of a program: the least, and the most, from which on there are more than so many programs
+BLOCK_V, LARGEST, PROGRAMS, WARPS = 1024, 8192, 512, 4
+# bits of a key that one step looks at, and tokens that are compared with every digit at once
+DIGIT, PIECE = 4, 128
 # tokens of a vocabulary: the maxima of all its groups are held at once
 MAX_VOCAB = 1 << 18
 # what `settings` holds, in order; the last is 1 / temperature, 1 / penalty, as torch divides by a number on CUDA
@@ -154,25 +153,24 @@ def _descend(part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT: tl.con
              BLOCK_B: tl.constexpr):  # fmt: skip
     """What step - 1 found: (digit, key so far, above it, weight above it, weight of its digit, want, floor)."""
     D: tl.constexpr = 1 << DIGIT
-    last = step - 1
-    slot = (row * 2 * STEPS + last) * 3
-    above, heavier, want = tl.load(mark_ptr + slot), tl.load(mark_ptr + slot + 1), tl.load(mark_ptr + slot + 2)
-    slot = (row * 2 * STEPS + last) * 2
-    key, floor = tl.load(key_ptr + slot), tl.load(key_ptr + slot + 1)
+    last = tl.maximum(step - 1, 0)
+    slot = row * 2 * STEPS + last
     b, d = tl.arange(0, BLOCK_B), tl.arange(0, D)
     at = (((last % 2) * rows + row) * blocks + b[:, None]) * (2 * D) + d[None, :]
-    counts = tl.sum(tl.load(part_ptr + at, mask=(b < blocks)[:, None], other=0.0), axis=0)
-    weights = tl.sum(tl.load(part_ptr + at + D, mask=(b < blocks)[:, None], other=0.0), axis=0)
-    measure = tl.where(last < STEPS, counts, weights)
-    larger = d[None, :] > d[:, None]
-    more = above + tl.sum(tl.where(larger, measure[None, :], 0.0), axis=1)
+    # everything that is read stands before what waits for it
+    counts = tl.load(part_ptr + at, mask=(b < blocks)[:, None], other=0.0)
+    weights = tl.load(part_ptr + at + D, mask=(b < blocks)[:, None], other=0.0)
+    above, heavier = tl.load(mark_ptr + slot * 3), tl.load(mark_ptr + slot * 3 + 1)
+    want = tl.load(mark_ptr + slot * 3 + 2)
+    key, floor = tl.load(key_ptr + slot * 2), tl.load(key_ptr + slot * 2 + 1)
+    weights = tl.sum(weights, axis=0)
+    measure = tl.where(last < STEPS, tl.sum(counts, axis=0), weights)
+    more = above + tl.sum(tl.where(d[None, :] > d[:, None], measure[None, :], 0.0), axis=1)
     digit = tl.min(tl.where(more < want, d, D - 1), axis=0)
     above = tl.sum(tl.where(d == digit, more, 0.0), axis=0)
     heavier = heavier + tl.sum(tl.where(d > digit, weights, 0.0), axis=0)
     own = tl.sum(tl.where(d == digit, weights, 0.0), axis=0)
-    shift = DIGIT * (STEPS - 1 - last % STEPS)
-    key = key | (digit << shift)
-    return digit, key, above, heavier, own, want, floor
+    return digit, key | (digit << (DIGIT * (STEPS - 1 - last % STEPS))), above, heavier, own, want, floor
 
 
 @triton.jit
@@ -181,52 +179,56 @@ def _entry(
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """What a step goes on from: (key so far, above it, weight above it, want, floor)."""
-    key, floor = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
-    above, heavier, want = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32), k
-    if (step != 0) & ((step != STEPS) | (k < V)):
-        _, key, above, heavier, own, want, floor = _descend(
-            part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT, STEPS, BLOCK_B
-        )
-        total = heavier + own
-    if step == STEPS:
-        # p is of what k left, and the most likely one always stays
-        want = tl.maximum(p, 1e-30) * total
-        key, floor, above = tl.cast(0, tl.int32), key, tl.cast(0.0, tl.float32)
-    return key, above, heavier, want, floor
+    # of no use in a first step, where nothing was written yet
+    _, key, above, heavier, own, want, floor = _descend(
+        part_ptr, mark_ptr, key_ptr, row, rows, blocks, step, DIGIT, STEPS, BLOCK_B
+    )
+    first, narrowed = step % STEPS == 0, (step == STEPS) & (k < V)
+    # p is of what k left, and the most likely one always stays
+    share = tl.maximum(p, 1e-30) * tl.where(narrowed, heavier + own, total)
+    want = tl.where(first, tl.where(step == 0, k, share), want)
+    floor = tl.where(first, tl.where(narrowed, key, 0), floor)
+    return tl.where(first, 0, key), tl.where(first, 0.0, above), tl.where(first, 0.0, heavier), want, floor
 
 
 @triton.jit
 def _digits(
-    logits_ptr, seen_ptr, settings_ptr, row, first, V, key, step, top, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    logits_ptr, seen_ptr, settings_ptr, row, first, V, key, step, top, BLOCK_V: tl.constexpr, PIECE: tl.constexpr,
     DIGIT: tl.constexpr, STEPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """How many of a block's tokens that share the key so far have which next digit, and what they weigh."""
     D: tl.constexpr = 1 << DIGIT
     shift = (DIGIT * (STEPS - 1 - step % STEPS)).to(tl.uint32)
     prefix = key.to(tl.uint32, bitcast=True) >> shift >> DIGIT
-    d = tl.arange(0, D)
-    counts, weights = tl.zeros((D,), dtype=tl.float32), tl.zeros((D,), dtype=tl.float32)
-    for start in range(0, BLOCK_V, CHUNK):
-        v = first + start + tl.arange(0, CHUNK)
-        x, u = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
-        u = u >> shift
-        shares = (v < V) & ((step % STEPS == 0) | ((u >> DIGIT) == prefix))
-        hit = tl.where(shares, (u & (D - 1)).to(tl.int32), -1)[None, :] == d[:, None]
-        counts += tl.sum(tl.where(hit, 1.0, 0.0), axis=1)
-        weights += tl.sum(tl.where(hit, tl.exp(x - top)[None, :], 0.0), axis=1)
-    return counts, weights
+    d = tl.arange(0, D)[:, None]
+    counts, weights = tl.zeros((D, PIECE), dtype=tl.float32), tl.zeros((D, PIECE), dtype=tl.float32)
+    for start in range(first, first + BLOCK_V, 8 * PIECE):
+        for piece in tl.static_range(8):
+            # a thread that loads a token compares it with every digit
+            v = start + piece * PIECE + tl.arange(0, PIECE)[None, :]
+            x, u = _read(logits_ptr, seen_ptr, settings_ptr, row.to(tl.int64) * V + v, v < V, HALF)
+            u = u >> shift
+            shares = (v < V) & ((step % STEPS == 0) | ((u >> DIGIT) == prefix))
+            hit = tl.where(shares, (u & (D - 1)).to(tl.int32), -1) == d
+            counts += tl.where(hit, 1.0, 0.0)
+            weights += tl.where(hit, tl.exp(x - top), 0.0)
+    return tl.sum(counts, axis=1), tl.sum(weights, axis=1)
 
 
 # a size of 1 would be a constant, of which Triton's coalescing pass fails an assertion (3.6), and each step a kernel
 @triton.jit(do_not_specialize=["rows", "blocks", "step"])
 def _narrow_kernel(
     logits_ptr, seen_ptr, settings_ptr, top_ptr, sum_ptr, part_ptr, mark_ptr, key_ptr, V, rows, blocks, step,
-    BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, DIGIT: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, PIECE: tl.constexpr, DIGIT: tl.constexpr, STEPS: tl.constexpr,
     HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    row, block = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        launch_dependents()
+    # no kernel writes them
     k, p = tl.load(settings_ptr), tl.load(settings_ptr + 1)
+    if PDL:
+        wait()
+    row, block = tl.program_id(0), tl.program_id(1)
     if ((step < STEPS) & (k < V)) | ((step >= STEPS) & (p < 1.0)):
         top, total = _of_row(top_ptr, sum_ptr, row, blocks, BLOCK_B)
         key, above, heavier, want, floor = _entry(
@@ -240,7 +242,7 @@ def _narrow_kernel(
             tl.store(key_ptr + slot * 2, key)
             tl.store(key_ptr + slot * 2 + 1, floor)
         counts, weights = _digits(
-            logits_ptr, seen_ptr, settings_ptr, row, block * BLOCK_V, V, key, step, top, BLOCK_V, CHUNK, DIGIT, STEPS,
+            logits_ptr, seen_ptr, settings_ptr, row, block * BLOCK_V, V, key, step, top, BLOCK_V, PIECE, DIGIT, STEPS,
             HALF,
         )  # fmt: skip
         D: tl.constexpr = 1 << DIGIT
@@ -387,7 +389,7 @@ def sample_token(
     check_devices("sample_token", logits=logits, settings=settings, invalid=invalid, **state, **given)
 
     rows, V = logits.shape
-    block = BLOCK_V if rows <= FEW else 8 * BLOCK_V
+    block = min(max(triton.next_power_of_2(rows * V // PROGRAMS), BLOCK_V), LARGEST)
     blocks = triton.cdiv(V, block)
     half = seen is None and logits.dtype != torch.float32
     steps = triton.cdiv(16 if half else 32, DIGIT)
@@ -404,7 +406,7 @@ def sample_token(
         for step in range(2 * steps):
             _narrow_kernel[(rows, blocks)](
                 logits, seen, settings, top, total, part, mark, key, V, rows, blocks, step,
-                CHUNK=min(block, CELLS >> DIGIT), **search,
+                PIECE=PIECE, **search,
             )  # fmt: skip
         _draw_kernel[(rows, blocks)](
             logits, noise, seen, settings, top, total, part, mark, key, value, index, invalid.view(torch.int8), V,

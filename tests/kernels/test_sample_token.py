@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from dsi_kernels import sample_token, sample_token_reference, sampling_settings
-from dsi_kernels.sample_token import FEW
 from tests.kernels.tolerance import DTYPES
 
 # a row of three programs
@@ -72,16 +73,20 @@ def test_each_token_that_stays_can_be_drawn_and_no_other(dtype, device):
     x = torch.tensor([2.5] * 3 + [1.0] * 3 + [-0.0] * 4 + [0.0] * 4 + [1e-3, -1e-3, -1.0, -40.0, float("-inf")] * 4)
     logits = x[torch.randperm(len(x))][None].to(device, dtype)
     for settings in ({"top_k": 12}, {"top_p": 0.8}, {"top_k": 24, "top_p": 0.83}, {"top_k": 30, "min_p": 0.3}):
-        for token in (*range(0, len(x), 5), *(logits[0] == 0).nonzero()[:, 0].tolist()):
+        for value in (0.0, -0.0, 1e-3, 1.0):
+            same = (logits[0] == torch.tensor(value, dtype=dtype)) & (logits[0].signbit() == (str(value)[0] == "-"))
+            token = int(same.nonzero()[0])
             noise = torch.ones(1, len(x), device=device)
             noise[0, token] = 1e-30
             both(logits, noise, settings)
 
 
-def test_more_rows_than_few(device):
+def test_programs_of_many_tokens(device, monkeypatch):
+    # the package's function has the module's name
+    monkeypatch.setattr(sys.modules["dsi_kernels.sample_token"], "PROGRAMS", 2)
     torch.manual_seed(3)
-    logits = torch.randn(FEW + 1, 300).to(device, torch.bfloat16)
-    both(logits, drawn(FEW + 1, 300, device), {"top_k": 40, "top_p": 0.8})
+    logits = torch.randn(5, 900).to(device, torch.bfloat16)
+    both(logits, drawn(5, 900, device), {"top_k": 40, "top_p": 0.8})
 
 
 @pytest.mark.parametrize("V", [67, WIDE])
