@@ -2,7 +2,8 @@
 
     python benchmarks/tune_forward.py [--out FOLDER] [--op linear attention] [--tokens 128 1024] [--only MODEL]
 
-Every candidate runs in one CUDA graph, with a ring of matrices beyond the L2 cache; the median of the replays counts.
+Every candidate runs in one CUDA graph, with a ring of matrices beyond the L2 cache, and begins while the one before it
+ends, as in a forward's graph; the median of the replays counts.
 `choice` says what won: our kernel, or the library with a kernel of its own for what follows. A candidate whose result
 is not the reference's is refused. Kernels are compiled by several processes first, into Triton's cache on disk.
 """
@@ -15,6 +16,7 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dsi_kernels as dk
 from dsi.tuning import graph_time
+from dsi_kernels._pdl import dependent_launches
 from dsi_kernels.attention import CUDNN, EFFICIENT, FLASH, OWN, TORCH
 from dsi_kernels.linear_fused import FUSED, LIBRARY
 
@@ -35,25 +38,33 @@ PRODUCTS: Mapping[str, tuple[tuple[str, int, int], ...]] = {
     "bert-large": (("nothing", 3072, 1024), ("norm", 1024, 1024), ("gelu", 4096, 1024), ("norm", 1024, 4096)),
 }
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 12288)
+# rows, columns and terms of a tile, warps, stages: the less there is to do the more of it must be under way at once
 SMALL = (
-    (32, 32, 128, 4, 4), (32, 64, 64, 4, 5), (32, 64, 128, 4, 3), (64, 32, 128, 4, 3), (64, 64, 64, 4, 4),
-    (64, 64, 128, 4, 3), (16, 64, 128, 4, 4),
+    (32, 32, 128, 4, 4), (32, 32, 128, 4, 6), (32, 64, 64, 4, 5), (32, 64, 64, 4, 8), (32, 64, 128, 4, 3),
+    (32, 64, 128, 4, 5), (64, 32, 128, 4, 3), (64, 32, 128, 4, 5), (64, 32, 64, 4, 8), (64, 64, 64, 4, 4),
+    (64, 64, 64, 4, 6), (64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (16, 64, 128, 4, 4), (128, 32, 64, 4, 5),
+    (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (32, 128, 64, 4, 4),
 )  # fmt: skip
 LARGE = (
-    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4),
-    (128, 256, 64, 8, 3), (64, 256, 64, 4, 3),
+    (64, 64, 64, 4, 4), (64, 64, 64, 4, 6), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+    (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3),
 )  # fmt: skip
 # (batch, length, heads, kv heads, head size, what a query sees)
-ATTENTION = (
-    (1, 128, 12, 12, 64, "all"), (8, 128, 12, 12, 64, "all"), (32, 384, 12, 12, 64, "all"),
-    (8, 128, 12, 12, 64, "mask"), (32, 384, 12, 12, 64, "mask"), (1, 1024, 12, 12, 64, "all"),
-    (1, 128, 32, 32, 128, "causal"), (1, 512, 32, 32, 128, "causal"), (1, 2048, 32, 32, 128, "causal"),
-    (1, 2048, 32, 8, 128, "causal"), (1, 2048, 32, 8, 64, "causal"), (4, 512, 32, 32, 128, "mask"),
-)  # fmt: skip
+ATTENTION: Mapping[str, tuple[tuple[int, int, int, int, int, str], ...]] = {
+    "bert-base": (
+        (1, 128, 12, 12, 64, "all"), (8, 128, 12, 12, 64, "all"), (32, 384, 12, 12, 64, "all"),
+        (8, 128, 12, 12, 64, "mask"), (32, 384, 12, 12, 64, "mask"), (1, 1024, 12, 12, 64, "all"),
+    ),
+    "decoders": (
+        (1, 128, 32, 32, 128, "causal"), (1, 512, 32, 32, 128, "causal"), (1, 2048, 32, 32, 128, "causal"),
+        (1, 2048, 32, 8, 128, "causal"), (1, 2048, 32, 8, 64, "causal"), (4, 512, 32, 32, 128, "mask"),
+    ),
+}  # fmt: skip
 BLOCKS = (
     (16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2),
     (128, 64, 4, 3),
 )  # fmt: skip
+MODELS = sorted(PRODUCTS.keys() | ATTENTION.keys())
 BACKENDS = {
     CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION, EFFICIENT: SDPBackend.EFFICIENT_ATTENTION
 }  # fmt: skip
@@ -68,11 +79,11 @@ MARGIN = 0.98
 
 def settings(tokens: int, follows: str, K: int) -> Iterator[dict[str, int]]:
     """Configurations worth a try at this size."""
-    blocks = SMALL if tokens <= 256 else SMALL[3:6] + LARGE if tokens <= 1024 else LARGE
+    blocks = SMALL if tokens <= 256 else LARGE
     keys = ("block_m", "block_n", "block_k", "num_warps", "stages")
-    splits = (1, 2, 4) if follows == "norm" and tokens <= 512 and K >= 2048 else (1,)
-    if follows == "norm" and tokens <= 256 and K < 2048:
-        splits = (1, 2)
+    splits: tuple[int, ...] = (1,)
+    if follows == "norm" and tokens <= 1024:
+        splits = (1, 2) if K < 2048 or tokens > 256 else (2, 4, 6)
     for block in dict.fromkeys(blocks):
         for split in splits:
             yield dict(zip(keys, block, strict=True)) | {"splits": split, "group_m": 8, "choice": FUSED}
@@ -83,8 +94,9 @@ def product(follows: str, given: Mapping[str, Tensor], weight: Tensor, config: d
     x, bias, residual, gamma = (given[name] for name in ("x", "bias", "residual", "gamma"))
     if follows == "norm":
         if config is None:
-            return dk.add_layer_norm(F.linear(x, weight, bias), residual, gamma, gamma, 1e-5)[0]
-        return dk.linear_norm(x, weight, bias, residual, "layer", gamma, gamma, 1e-5, config=config)[0]
+            return dk.add_layer_norm(F.linear(x, weight, bias), residual, gamma, gamma, 1e-5, keep_sum=False)[0]
+        norm = ("layer", gamma, gamma, 1e-5)
+        return dk.linear_norm(x, weight, bias, residual, *norm, keep_sum=False, config=config)[0]
     kind = "" if follows == "nothing" else follows
     if config is not None:
         return dk.linear_fused(x, weight, bias, kind=kind, config=config)
@@ -194,36 +206,41 @@ def tune_attention(case: tuple[int, int, int, int, int, str]) -> tuple[str, dict
 # --- compiling ahead ----------------------------------------------------------------------------------------------
 
 
-def compile_all(part: int, parts: int, ops: tuple[str, ...]) -> None:
+def compile_all(part: int, parts: int, ops: tuple[str, ...], only: tuple[str, ...], tokens: tuple[int, ...]) -> None:
     """Every `parts`-th configuration launched once on small operands: what is compiled depends on no size."""
-    jobs: list[Callable[[], object]] = []
+    with torch.no_grad(), dependent_launches(True):
+        for job in jobs(ops, only, tokens)[part::parts]:
+            try:
+                job()
+            except triton.runtime.errors.OutOfResources:
+                continue
+
+
+def jobs(ops: tuple[str, ...], only: tuple[str, ...], tokens: tuple[int, ...]) -> list[Callable[[], object]]:
+    """What is to be compiled, as launches."""
+    found: list[Callable[[], object]] = []
     if "linear" in ops:
         _, given = operands(128, 256, 256, 0)
         weight = torch.randn(256, 256, device="cuda", dtype=torch.float16)
         seen: dict[tuple[Any, ...], dict[str, int]] = {}
-        for follows, tokens in [(f, t) for f in ("nothing", "gelu", "norm") for t in TOKENS]:
-            for config in (*settings(tokens, follows, 768), *settings(tokens, follows, 4096)):
+        for follows, count in [(f, t) for f in ("nothing", "gelu", "norm") for t in tokens]:
+            for config in (*settings(count, follows, 768), *settings(count, follows, 4096)):
                 seen[follows, *config.items()] = config
-        jobs += [lambda f=key[0], c=config: product(f, given, weight, c) for key, config in seen.items()]
+        found += [partial(product, key[0], given, weight, config) for key, config in seen.items()]
     if "attention" in ops:
-        for D, sees in dict.fromkeys((case[4], case[5]) for case in ATTENTION):
+        cases = (case for name in only for case in ATTENTION.get(name, ()))
+        for D, sees in dict.fromkeys((case[4], case[5]) for case in cases):
             q, k, v, mask = heads((2, 128, 2, 2, D, sees))
-            jobs += [
-                lambda o=(q, k, v, mask), s=sees, c=config: dk.attention(*o, causal=s == "causal", config=c)
-                for config in attention_settings()
-            ]
-    for job in jobs[part::parts]:
-        try:
-            job()
-        except triton.runtime.errors.OutOfResources:
-            continue
+            causal = sees == "causal"
+            found += [partial(dk.attention, q, k, v, mask, causal=causal, config=one) for one in attention_settings()]
+    return found
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder in which <op>/<device>.json is written")
     parser.add_argument("--op", nargs="+", choices=["linear", "attention"], default=["linear", "attention"])
-    parser.add_argument("--only", nargs="+", choices=sorted(PRODUCTS), default=sorted(PRODUCTS))
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     return parser.parse_args()
@@ -233,24 +250,31 @@ def write(folder: Path, op: str, table: dict[str, dict[str, int]]) -> None:
     slug = re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name())
     target = folder / op / f"{slug}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    known = json.loads(target.read_text()) if target.exists() else {}
+    target.write_text(json.dumps(known | table, indent=2, sort_keys=True) + "\n")
 
 
 @torch.no_grad()
 def main() -> int:
     given = arguments()
+    what = (tuple(given.op), tuple(given.only), tuple(given.tokens))
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_all, args=(i, given.jobs, tuple(given.op))) for i in range(given.jobs)]
+    workers = [context.Process(target=compile_all, args=(i, given.jobs, *what)) for i in range(given.jobs)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     tables: dict[str, dict[str, dict[str, int]]] = {}
-    if "attention" in given.op:
-        tables["attention"] = dict(map(tune_attention, ATTENTION))
-    if "linear" in given.op:
-        shapes = [(*shape, tokens) for name in given.only for tokens in given.tokens for shape in PRODUCTS[name]]
-        tables["linear_fused"] = dict(tune_product(*shape) for shape in shapes)
+    # as in a forward's graph
+    with dependent_launches(True):
+        if "attention" in given.op:
+            cases = [case for name in given.only for case in ATTENTION.get(name, ())]
+            tables["attention"] = dict(map(tune_attention, cases))
+        if "linear" in given.op:
+            shapes = [
+                (*shape, tokens) for tokens in given.tokens for name in given.only for shape in PRODUCTS.get(name, ())
+            ]
+            tables["linear_fused"] = dict(tune_product(*shape) for shape in shapes)
     if given.out is not None:
         for op, table in tables.items():
             write(given.out, op, table)
