@@ -96,8 +96,8 @@ def _sum_norm_kernel(
     tl.store(y_ptr + at, h.to(r.dtype), mask=inside)
 
 
-def _check_norm(residual: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
-    op = "linear_norm"
+def check_norm(op: str, residual: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+    """Raises ValueError, in the name of `op`, where a norm does not fit the rows that it is taken over."""
     if norm not in NORMS:
         raise ValueError(f"{op}: norm {norm!r} is unknown; one of {', '.join(NORMS)} will do")
     if norm == "rms" and (norm_weight is None or norm_bias is not None):
@@ -145,18 +145,34 @@ def linear_norm(
         ImportError: Triton is not installed.
     """
     wanted = check_product("linear_norm", x, weight, bias, residual)
-    _check_norm(residual, norm, norm_weight, norm_bias)
+    check_norm("linear_norm", residual, norm, norm_weight, norm_bias)
     sizes = linear_config(x, weight, "norm") if config is None else config
-    y, total = torch.empty_like(residual), torch.empty_like(residual) if keep_sum else None
-    if not y.numel():
-        return y, total
+    if not residual.numel():
+        return torch.empty_like(residual), torch.empty_like(residual) if keep_sum else None
     N, splits = wanted[-1], sizes["splits"]
-    M, block = y.numel() // N, triton.next_power_of_2(N)
-    parts = torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
+    parts = torch.empty((splits, residual.numel() // N, N), dtype=torch.float32, device=x.device)
     multiply(x, weight, None, None, parts, sizes)
-    with torch.cuda.device_of(x):
+    return sum_norm(parts, bias, residual, norm, norm_weight, norm_bias, eps, keep_sum=keep_sum)
+
+
+def sum_norm(
+    parts: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As `linear_norm`, of a product's parts, float32 [splits, M, N]; its caller has checked the operands."""
+    splits, M, N = parts.shape
+    y, total = torch.empty_like(residual), torch.empty_like(residual) if keep_sum else None
+    block = triton.next_power_of_2(N)
+    with torch.cuda.device_of(parts):
         _sum_norm_kernel[(M,)](
             parts, bias, residual, norm_weight, norm_bias, y, total, M, N, eps, NORM=norm, SPLITS=splits,
-            BLOCK_D=block, num_warps=min(max(block // 256, 1), 16), **launch_options(x.device),
+            BLOCK_D=block, num_warps=min(max(block // 256, 1), 16), **launch_options(parts.device),
         )  # fmt: skip
     return y, total
