@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu_decode import Text, decode
-from gpu_models import DEVICE, Stage, check_forward
+from gpu_models import DEVICE, Stage, check_forward, check_steps
 from gpu_rivals import compiled_forward
 from measure import Goal, Result, Sample, interleaved
 from torch import Tensor, nn
@@ -94,6 +94,22 @@ def prefill(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak, r
         ceiling={"TFLOP/s": rate, "of the measured product rate": share},
         goals=goals,
         facts=facts,
+    )
+
+
+def first_token(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak) -> Result:
+    """What a user of `generate` waits for first."""
+    name, pair = f"{model} first token 1x{tokens}", stage.pair(model)
+    ids = pair.ids(1, tokens)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False}
+    check = check_steps(name, pair, ids, steps=1)
+    contenders = {
+        who: partial(one.generate, ids, **settings) for who, one in (("stock", pair.stock), ("dsi", pair.engine))
+    }
+    times = _samples(contenders, rounds=5 if quick else 15)
+    rate = _flops(pair.stock, 1, tokens, causal=True) / times["dsi"].median / 1e9
+    return Result(
+        name=name, unit="ms", times=times, bars={}, check=check, ceiling={"TFLOP/s": rate}, facts={"tokens": tokens}
     )
 
 
@@ -184,10 +200,11 @@ def prefill_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Ca
     def case(tokens: int, *, bars: bool) -> Callable[[], Result]:
         return partial(prefill, stage, "llama-7b", tokens, rivals=rivals and bars, bars=bars, **options)
 
-    return {
-        "llama-7b prefill 1x2048": case(2048, bars=True),
-        "llama-7b prefill 1x512": case(512, bars=False),
-        "llama-7b prefill 1x128": case(128, bars=False),
+    lengths = (2048, 512, 128)
+    whole = {f"llama-7b prefill 1x{tokens}": case(tokens, bars=tokens == max(lengths)) for tokens in lengths}
+    return whole | {
+        f"llama-7b first token 1x{tokens}": partial(first_token, stage, "llama-7b", tokens, **options)
+        for tokens in lengths
     }
 
 
