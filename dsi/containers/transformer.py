@@ -136,7 +136,7 @@ class TransformerLayer(Container):
         places: dict[str, Any] = self._modules
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
-        q, k, v = self._heads(ops.project(places["qkv"], normed), call)
+        q, k, v = self._heads(normed, call)
         if call.packed is not None:
             attended = ops.attend_packed(q, k, v, call.packed, self.scale)
         else:
@@ -148,13 +148,16 @@ class TransformerLayer(Container):
             return False
         return self.ops.packs(call.hidden)
 
-    def _heads(self, qkv: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, normed: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, and all keys and values that there are, in the cache too where one is given."""
-        ops, norms = self.ops, self.head_norms
-        if self.repeat == 1 and (kv := self._open_layer(call.cache)) is not None:
-            found = ops.split_into(qkv, self.shape, call.rope, norms, kv)
-            if found is not None:
-                return found
+        places: dict[str, Any] = self._modules
+        ops, norms, linear = self.ops, self.head_norms, places["qkv"]
+        kv = self._open_layer(call.cache) if self.repeat == 1 else None
+        if kv is not None and (found := ops.project_into(linear, normed, self.shape, call.rope, norms, kv)) is not None:
+            return found
+        qkv = ops.project(linear, normed)
+        if kv is not None and (found := ops.split_into(qkv, self.shape, call.rope, norms, kv)) is not None:
+            return found
         q, k, v = ops.split(qkv, self.shape, call.rope, norms)
         if self.repeat > 1:
             k, v = repeat_heads(k, self.repeat), repeat_heads(v, self.repeat)

@@ -15,6 +15,7 @@ from dsi.containers.launches import IN_GRAPH, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.packing import Packing
+from dsi.containers.triton_prompt import prompt_product, whole_heads
 from dsi.containers.triton_step import TritonStepOps
 
 # values of the setting `choice` of dsi_kernels.attention: its kernel, and torch's backends
@@ -58,7 +59,13 @@ class TritonOps(TritonStepOps):
     def project_add_(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
         if x.dim() < 3 or _fused(linear, x, "add") is not None:
             return self.project_add(linear, x, residual)
-        return super().project_add_(linear, x, residual)
+        config = prompt_product(linear, x, "add")
+        if config is None or not residual.is_contiguous():
+            return super().project_add_(linear, x, residual)
+        import dsi_kernels
+
+        given = (x, linear.weight, linear.bias)
+        return dsi_kernels.prompt_linear(*given, residual=residual, out=residual, config=config)
 
     def project_norm(self, linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> tuple[Tensor, Tensor]:
         if torch_wins(residual):
@@ -83,6 +90,9 @@ class TritonOps(TritonStepOps):
             norms = (norm.kind, norm.weight, norm.bias, norm.eps)
             given = (x, linear.weight, linear.bias, residual, *norms)
             return dsi_kernels.linear_norm(*given, keep_sum=keep_sum, config=config)
+        if (config := prompt_product(linear, x, "add")) is not None:
+            total = dsi_kernels.prompt_linear(x, linear.weight, linear.bias, residual=residual, config=config)
+            return self.norm(norm, total), total
         y = linear.forward(x)
         if norm.kind == "layer":
             return dsi_kernels.add_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, keep_sum=keep_sum)
@@ -97,6 +107,8 @@ class TritonOps(TritonStepOps):
 
         if (config := _fused(linear, x, kind)) is not None:
             return dsi_kernels.linear_fused(x, linear.weight, linear.bias, kind=kind, config=config)
+        if (config := prompt_product(linear, x, "activation")) is not None:
+            return dsi_kernels.prompt_linear(x, linear.weight, linear.bias, kind=kind, config=config)
         return dsi_kernels.bias_activation(F.linear(x, linear.weight), linear.bias, kind)
 
     def gate(self, linear: Any, x: Tensor, kind: str) -> Tensor:
@@ -106,6 +118,8 @@ class TritonOps(TritonStepOps):
 
         if (config := _fused(linear, x, "gate")) is not None:
             return dsi_kernels.linear_fused(x, linear.weight, linear.bias, kind=kind, gated=True, config=config)
+        if (config := prompt_product(linear, x, "gate")) is not None:
+            return dsi_kernels.prompt_linear(x, linear.weight, linear.bias, kind=kind, gated=True, config=config)
         return dsi_kernels.gated_activation(linear.forward(x), kind)
 
     def split(
@@ -119,6 +133,20 @@ class TritonOps(TritonStepOps):
         k, v = qkv.new_empty(2, batch, shape.kv_heads, length, shape.head_dim).unbind(0)
         q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
         return q, k, v
+
+    def project_into(
+        self, linear: Any, x: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if norms is not None or torch_wins(x) or (config := prompt_product(linear, x, "heads")) is None:
+            return None
+        if not whole_heads(shape, rope, config["block_n"]):
+            return None
+        import dsi_kernels
+
+        start, k, v = kv.reserve(x.shape[0], shape, x.shape[1], x)
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        q = dsi_kernels.prompt_qkv(x, linear.weight, linear.bias, cos, sin, k, v, start, *shape, config=config)
+        return q, *kv.visible()
 
     def split_into(
         self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
@@ -176,6 +204,7 @@ class TritonLayerOps(TritonOps):
     name = "triton, attention aten"
 
     split = AtenOps.split
+    project_into = AtenOps.project_into
     split_into = AtenOps.split_into
     append = AtenOps.append
     attend = AtenOps.attend

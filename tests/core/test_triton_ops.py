@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.core.triton_probe import CASES, MIXED, TUNED
+from tests.core.triton_probe import CASES, HALVES, MIXED, TUNED
 from tests.core.twins import FP32
 
 ENCODER = {"add_layer_norm", "bias_activation"}
@@ -29,6 +29,15 @@ TUNED_LAUNCHES = {
     "bert, tuned": {"linear_fused", "linear_norm", "attention"},
     "opt_post_norm, tuned": {"linear_fused", "linear_norm", "attention", "rope_kv_write"},
     "llama, tuned": {"linear_fused", "linear_norm", "attention", "rope_kv_write", "rms_norm"},
+}
+
+
+# and of 16 bits, where the accelerator's products are the fastest
+HALF = 2e-3
+ACCELERATED = {
+    "llama, accelerated": {"prompt_linear", "prompt_qkv", "rms_norm"},
+    # its heads of 8 are less than a tile's
+    "opt, accelerated": {"prompt_linear", "rope_kv_write", "layer_norm"},
 }
 
 
@@ -73,6 +82,16 @@ def test_the_kernels_really_ran(probed, case):
 def test_what_the_tables_choose_runs(probed, case):
     assert TUNED_LAUNCHES[case] <= set(probed[case]["launches"])
     assert probed[case].get("tokens", True)
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_the_accelerators_products_compute_what_stock_computes(probed, case):
+    found = probed[case]
+    assert found["ops"] == ["triton"]
+    assert found["distance"] <= HALF
+    assert found["stock_calls"] == 0
+    assert found["tokens"]
+    assert ACCELERATED[case] <= set(found["launches"])
 
 
 @pytest.mark.parametrize("case", MIXED)
