@@ -9,8 +9,11 @@ swapped: rows of W where they want many (M), rows of x, padded to 16 or 32, wher
 BLOCK_N rows of W, and one of `splits` parts of K where N alone does not fill the device; parts are left in fp32 and a
 second kernel adds them up in their order. No atomics: same input, same output.
 
-The norm is a launch of its own (`rms_norm`, `layer_norm`): unlike one row of x, 32 do not pass through every program
-for nothing.
+The norm before it is a launch of its own (`rms_norm`, `layer_norm`), 1.6 us at 8 x 4096: in the product's loop, where x
+passes through registers then, it cost 5 to 9 of 28 us; `skinny_norm` takes the norm after it with the sum of the parts
+(H200). So was a K cut among the warps of a program, which needs no sum: 12.5 and 25.9 us where parts with their sum
+took 11.6 and 26.6 (4096 x 4096 and x 11008, 8 rows). Bringing the first tiles into the L2 cache before x is there cost
+1 to 2 us.
 
 Casting: the normalised row is rounded to the dtype, as the layers do; products and sums are in fp32, one rounding at
 the end.
@@ -29,6 +32,7 @@ from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate_reference, check_kind
 from dsi_kernels.epilogue import finish
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
+from dsi_kernels.linear_norm import check_norm, sum_norm
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.tuned import device_facts, launch_config
@@ -70,14 +74,31 @@ def skinny_reference(
 
 
 @triton.jit
-def _prefetch(w_ptr, n, k0, N, K, TILES: tl.constexpr, LINE: tl.constexpr):
-    """The first tiles of the program's rows are brought into the L2 cache, a line of 128 bytes an address."""
-    k = tl.minimum(k0 + tl.arange(0, TILES) * LINE, K - 1)
-    # int64 before the multiply; within the matrix, so that no address is a stranger's
-    at = w_ptr + (tl.minimum(n, N - 1).to(tl.int64) * K)[:, None] + k[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _weights(w_rows, n, k, N, K, GATED: tl.constexpr):
+    """(a tile of the matrix, the one N rows below it if there is a gate), [BLOCK_N, BLOCK_K]."""
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+    up = w
+    if GATED:
+        # int64 before the multiply
+        below = w_rows + N.to(tl.int64) * K
+        up = tl.load(below + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+    return w, up
+
+
+@triton.jit
+def _rows(x_rows, k, b, rows, K):
+    """A tile of x on its side, [BLOCK_K, BLOCK_B]."""
+    return tl.load(x_rows + k[:, None], mask=(k < K)[:, None] & (b < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def _multiply_tile(h, up, w, w_up, x, GATED: tl.constexpr):
+    """(h, up) with a tile's products added."""
+    h = tl.dot(w, x, h)
+    if GATED:
+        up = tl.dot(w_up, x, up)
+    return h, up
 
 
 @triton.jit
@@ -100,7 +121,7 @@ def _leave(part_ptr, part, rows, N, h, up, at, kept, GATED: tl.constexpr):
 def _skinny_kernel(
     x_ptr, w_ptr, b_ptr, r_ptr, out_ptr, part_ptr, rows, N, K, steps,
     KIND: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         launch_dependents()
@@ -108,26 +129,22 @@ def _skinny_kernel(
     part, n = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, K)
-    if PDL:
-        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        # a tile shorter than a line, of a small matrix, is not worth it
-        if BLOCK_K >= LINE:
-            _prefetch(w_ptr, n, first, N, K, BLOCK_K // LINE * 4, LINE)
-            if GATED:
-                _prefetch(w_ptr + N.to(tl.int64) * K, n, first, N, K, BLOCK_K // LINE * 4, LINE)
-        wait()
     b = tl.arange(0, BLOCK_B)
     w_rows, x_rows = w_ptr + (n.to(tl.int64) * K)[:, None], x_ptr + (b * K)[None, :]
     h, up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32), tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    k = first + tl.arange(0, BLOCK_K)
+    if PEEL:
+        # on its way before x is there
+        w, w_up = _weights(w_rows, n, k, N, K, GATED)
+    if PDL:
+        wait()
+    if PEEL:
+        h, up = _multiply_tile(h, up, w, w_up, _rows(x_rows, k, b, rows, K), GATED)
+        first += BLOCK_K
     for k0 in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_rows + k[:, None], mask=(k < K)[:, None] & (b < rows)[None, :], other=0.0)
-        h = tl.dot(w, x, h)
-        if GATED:
-            w = tl.load(w_rows + N.to(tl.int64) * K + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-            up = tl.dot(w, x, up)
+        w, w_up = _weights(w_rows, n, k, N, K, GATED)
+        h, up = _multiply_tile(h, up, w, w_up, _rows(x_rows, k, b, rows, K), GATED)
     at, kept = b[None, :] * N + n[:, None], (n < N)[:, None] & (b < rows)[None, :]
     if SPLIT:
         _leave(part_ptr, part, rows, N, h, up, at, kept, GATED)
@@ -162,19 +179,23 @@ def _check_options(norm: str, norm_weight: Tensor | None, kind: str, gated: bool
         check_kind("skinny", kind)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, bias: Tensor | None) -> None:
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, residual: Tensor | None) -> None:
     if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"skinny: {shapes(x=x, weight=weight)} must be [1 to {MAX_ROWS}, K] and [N, K]")
+        raise ValueError(f"{op}: {shapes(x=x, weight=weight)} must be [1 to {MAX_ROWS}, K] and [N, K]")
     if x.dtype not in HALVES:
-        raise ValueError(f"skinny: x is {x.dtype}; float16 and bfloat16 will do")
+        raise ValueError(f"{op}: x is {x.dtype}; float16 and bfloat16 will do")
     rows, width = x.shape[0], weight.shape[0]
     if gated and width % 2:
-        raise ValueError(f"skinny: a gated weight has rows for gate and for up; {width} are odd")
+        raise ValueError(f"{op}: a gated weight has rows for gate and for up; {width} are odd")
     if bias is not None and bias.shape != (width,):
-        raise ValueError(f"skinny: bias has shape {tuple(bias.shape)}; ({width},) is needed")
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; ({width},) is needed")
     wanted = (rows, width // 2 if gated else width)
     if residual is not None and residual.shape != wanted:
-        raise ValueError(f"skinny: residual has shape {tuple(residual.shape)}; {wanted} is needed")
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; {wanted} is needed")
+    operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_dtypes(op, **operands)
+    check_contiguous(op, **operands)
+    check_devices(op, **operands)
 
 
 def skinny_config(x: Tensor, weight: Tensor) -> Mapping[str, int]:
@@ -216,8 +237,8 @@ def skinny(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k, splits, stages, num_warps and dependent (2: it begins while the kernel before ends,
-            where the switch is on) in the place of the tuned ones.
+        config: block_n, block_k, splits, stages, num_warps and dependent (where the switch is on, 2: it begins while
+            the kernel before ends; 3: and loads its first tile then) in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -226,17 +247,46 @@ def skinny(
         ValueError: shapes, dtypes, layout, devices, norm or kind do not fit; the message names the offender.
         ImportError: Triton is not installed.
     """
-    _check_shapes(x, weight, gated, residual, bias)
+    _check("skinny", x, weight, bias, gated, residual)
     _check_options(norm, norm_weight, kind, gated)
-    operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    check_dtypes("skinny", **operands)
-    check_contiguous("skinny", **operands)
-    check_devices("skinny", **operands)
     x = _normed(x, norm, norm_weight, norm_bias, eps)
-    return _launch(x, weight, bias, kind, gated, residual, skinny_config(x, weight) if config is None else config)
+    return _whole(x, weight, bias, kind, gated, residual, skinny_config(x, weight) if config is None else config)
 
 
-def _launch(
+def _parts(x: Tensor, config: Mapping[str, int]) -> tuple[int, int]:
+    """(how many parts K is cut into, tiles in each): no part without a tile."""
+    tiles = triton.cdiv(x.shape[1], config["block_k"])
+    steps = triton.cdiv(tiles, config["splits"])
+    return triton.cdiv(tiles, steps), steps
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    gated: bool,
+    residual: Tensor | None,
+    out: Tensor | None,
+    partial: Tensor | None,
+    config: Mapping[str, int],
+) -> None:
+    """The product, to the end in `out`, or the sums of its parts in `partial`."""
+    rows, K = x.shape
+    N = weight.shape[0] // 2 if gated else weight.shape[0]
+    parts, steps = _parts(x, config)
+    # beginning early cost 1 to 2 of 28 to 47 us where K is one part (H200, 12288 and 22016 x 4096, 4 to 16 rows)
+    own = launch_options(x.device) if config["dependent"] > 1 else {"PDL": False}
+    with torch.cuda.device_of(x):
+        _skinny_kernel[(triton.cdiv(N, config["block_n"]), parts)](
+            x, weight, bias, residual, out, partial, rows, N, K, steps, SPLIT=partial is not None, KIND=kind,
+            GATED=gated, BLOCK_B=16 if rows <= 16 else 32, BLOCK_N=config["block_n"],
+            BLOCK_K=config["block_k"], STAGES=config["stages"], PEEL=config["dependent"] == 3,
+            num_warps=config["num_warps"], **own,
+        )  # fmt: skip
+
+
+def _whole(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -245,37 +295,56 @@ def _launch(
     residual: Tensor | None,
     config: Mapping[str, int],
 ) -> Tensor:
-    rows, K = x.shape
+    rows = x.shape[0]
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(K, config["block_k"])
-    steps = triton.cdiv(tiles, config["splits"])
-    # no part without a tile
-    parts = triton.cdiv(tiles, steps)
-    partial = None
-    if parts > 1:
-        partial = torch.empty((parts, 1 + gated, rows, N), dtype=torch.float32, device=x.device)
-    options = {"KIND": kind, "GATED": gated}
-    # beginning early cost 1 to 2 of 28 to 47 us where K is one part (H200, 12288 and 22016 x 4096, 4 to 16 rows)
-    own = launch_options(x.device) if config["dependent"] == 2 else {"PDL": False}
+    parts, _ = _parts(x, config)
+    if parts == 1:
+        _multiply(x, weight, bias, kind, gated, residual, out, None, config)
+        return out
+    partial = torch.empty((parts, 1 + gated, rows, N), dtype=torch.float32, device=x.device)
+    _multiply(x, weight, None, "", gated, None, None, partial, config)
     with torch.cuda.device_of(x):
-        _skinny_kernel[(triton.cdiv(N, config["block_n"]), parts)](
-            x, weight, bias, residual, out, partial, rows, N, K, steps, SPLIT=parts > 1,
-            BLOCK_B=16 if rows <= 16 else 32, BLOCK_N=config["block_n"], BLOCK_K=config["block_k"],
-            STAGES=config["stages"], num_warps=config["num_warps"], **options, **own,
+        _sum_parts_kernel[(triton.cdiv(N, BLOCK_SUM), rows)](
+            partial, bias, residual, out, rows, N, parts, KIND=kind, GATED=gated, BLOCK_N=BLOCK_SUM, num_warps=2,
+            **launch_options(x.device),
         )  # fmt: skip
-        if parts > 1:
-            _sum_parts_kernel[(triton.cdiv(N, BLOCK_SUM), rows)](
-                partial,
-                bias,
-                residual,
-                out,
-                rows,
-                N,
-                parts,
-                BLOCK_N=BLOCK_SUM,
-                num_warps=2,
-                **options,
-                **launch_options(x.device),
-            )
     return out
+
+
+def skinny_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    config: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The norm of the product plus bias and residual, and that sum: a launch that adds up the parts does both.
+
+    Args:
+        x, weight, bias, residual, config: of `skinny`.
+        norm: "layer" or "rms", over N.
+        norm_weight, norm_bias: [N] or None; rms needs a weight and has no bias.
+        eps: added to the variance or mean square.
+
+    Returns:
+        (y, s): both [B, N], in x's dtype. Inputs are not modified. The reference is `linear_norm_reference`.
+
+    Raises:
+        ValueError: shapes, dtypes, layout, devices or norm do not fit; the message names the offender.
+        ImportError: Triton is not installed.
+    """
+    _check("skinny_norm", x, weight, bias, False, residual)
+    check_norm("skinny_norm", residual, norm, norm_weight, norm_bias)
+    config = skinny_config(x, weight) if config is None else config
+    parts, _ = _parts(x, config)
+    partial = torch.empty((parts, *residual.shape), dtype=torch.float32, device=x.device)
+    _multiply(x, weight, None, "", False, None, None, partial, config)
+    y, total = sum_norm(partial, bias, residual, norm, norm_weight, norm_bias, eps)
+    assert total is not None, "it was asked for"
+    return y, total

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsi_kernels import KINDS
-from dsi_kernels.skinny import skinny, skinny_config, skinny_reference
+from dsi_kernels.linear_norm import linear_norm_reference
+from dsi_kernels.skinny import skinny, skinny_config, skinny_norm, skinny_reference
 from tests.kernels.tolerance import HALVES, assert_close
 
 SMALL = {"block_n": 16, "block_k": 32, "splits": 1, "stages": 1, "num_warps": 1, "dependent": 2}
@@ -50,6 +51,36 @@ def test_plain(rows, N, K, dtype, splits, device):
 def test_norms(norm, splits, device):
     given = without(operands(device), *(["norm_bias"] if norm == "rms" else []))
     check(given, norm=norm, eps=1e-2, splits=splits)
+
+
+def test_the_norm_after_it_takes_the_sum_as_rounded(device):
+    for splits in (1, 3):
+        for rows, norm in ((1, "rms"), (5, "layer"), (32, "rms")):
+            given = operands(device, rows=rows)
+            shift = given.pop("norm_bias")[:20] if norm == "layer" else None
+            gamma = given.pop("norm_weight")[:20]
+            given.pop("norm_bias", None)
+            after = (norm, gamma, shift, 1e-2)
+            operand = (given["x"], given["weight"], given["bias"], given["residual"], *after)
+            before = [t.clone() for t in operand[:4]]
+            found = skinny_norm(*operand, config={**SMALL, "splits": splits})
+            for one, other in zip(found, linear_norm_reference(*operand), strict=True):
+                assert_close(one, other, 2e-2)
+            assert_close(found[1], skinny(**given, config={**SMALL, "splits": splits}), 0.0)
+            assert all(torch.equal(one, other) for one, other in zip(before, operand[:4], strict=True))
+            rival = linear_norm_reference(given["x"], given["weight"], None, given["residual"], *after)
+            with pytest.raises(AssertionError):
+                assert_close(found[0], rival[0], 2e-2)
+
+
+@pytest.mark.parametrize("change", [{"residual": (3, 6)}, {"norm": "batch"}, {"norm_weight": None}], ids=str)
+def test_the_norm_after_it_refuses(change, device):
+    given = without(operands(device), "norm_bias")
+    given["norm_weight"] = given["norm_weight"][:20]
+    given |= {"norm": "rms", "norm_bias": None, "eps": 1e-5}
+    given |= {name: torch.ones(v).to(given["x"]) if isinstance(v, tuple) else v for name, v in change.items()}
+    with pytest.raises(ValueError, match="skinny_norm: "):
+        skinny_norm(**given)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
