@@ -38,6 +38,8 @@ from dsi_kernels.tuned import device_facts, launch_config
 LIBRARY, OWN = 1, 2
 # a bucket holds the token counts up to a power of two, from the first to the last
 FIRST_BUCKET, LAST_BUCKET = 128, 16384
+# elements of a matrix from which its tiles are many, and deep
+LARGE = 1 << 23
 # bytes that the accelerator's rows begin at multiples of
 ALIGNED = 16
 
@@ -199,7 +201,8 @@ def prompt_config(x: Tensor, weight: Tensor, follows: str) -> Mapping[str, int]:
     """
     tokens = x.numel() // x.shape[-1]
     bucket = min(max(FIRST_BUCKET, 1 << (tokens - 1).bit_length()), LAST_BUCKET)
-    shape = f"m={bucket},then={follows},bytes={x.element_size()}"
+    size = "large" if weight.numel() >= LARGE else "small"
+    shape = f"m={bucket},matrix={size},then={follows},bytes={x.element_size()}"
     return launch_config("prompt_linear", shape, device_facts(x.device)[0])
 
 
