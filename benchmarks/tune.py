@@ -21,16 +21,17 @@ from dsi.tuning import MATVEC_ROWS, RING_BYTES, SKINNY_ROWS, Found, Product, gra
 
 __all__ = ["RING_BYTES", "copy_bandwidth", "graph_time"]
 
-# [N, K] of the products of a decode step, gated ones with both halves: what models of these shapes have
-SHAPES: Mapping[str, tuple[tuple[int, int, bool], ...]] = {
-    "llama-2-7b": ((12288, 4096, False), (4096, 4096, False), (22016, 4096, True), (4096, 11008, False),
-                   (32000, 4096, False)),
-    "llama-3-8b": ((6144, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)),
-    "llama-3.2-1b": ((3072, 2048, False), (2048, 2048, False), (16384, 2048, True), (2048, 8192, False),
-                     (128256, 2048, False)),
-    "opt-6.7b": ((16384, 4096, False), (4096, 16384, False), (50272, 4096, False)),
-    "gpt2-xl": ((4800, 1600, False), (1600, 1600, False), (6400, 1600, False), (1600, 6400, False),
-                (50257, 1600, False)),
+# products of a decode step of models of these shapes, gated ones with both halves: [N, K], gated, norm before it
+SHAPES: Mapping[str, tuple[tuple[int, int, bool, str], ...]] = {
+    "llama-2-7b": ((12288, 4096, False, "rms"), (4096, 4096, False, ""), (22016, 4096, True, "rms"),
+                   (4096, 11008, False, ""), (32000, 4096, False, "rms")),
+    "llama-3-8b": ((6144, 4096, False, "rms"), (28672, 4096, True, "rms"), (4096, 14336, False, ""),
+                   (128256, 4096, False, "rms")),
+    "llama-3.2-1b": ((3072, 2048, False, "rms"), (2048, 2048, False, ""), (16384, 2048, True, "rms"),
+                     (2048, 8192, False, ""), (128256, 2048, False, "rms")),
+    "opt-6.7b": ((16384, 4096, False, "layer"), (4096, 16384, False, ""), (50272, 4096, False, "layer")),
+    "gpt2-xl": ((4800, 1600, False, "layer"), (1600, 1600, False, ""), (6400, 1600, False, "layer"),
+                (1600, 6400, False, ""), (50257, 1600, False, "layer")),
 }  # fmt: skip
 # the models whose settings the bars are about
 QUICK = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b")
@@ -69,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder in which <op>/<device>.json is written, beside other shapes")
     parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, at 1, 8 and 32 rows")
-    parser.add_argument("--only", choices=sorted(SHAPES), help="one model only")
+    parser.add_argument("--only", choices=sorted(SHAPES), nargs="+", help="these models only")
     return parser.parse_args()
 
 
@@ -78,11 +79,11 @@ def main() -> int:
     given = arguments()
     # the first one warms up
     sys.stdout.write(f"copy {max(copy_bandwidth() for _ in range(3)):.0f} GB/s\n")
-    names = [given.only] if given.only else list(QUICK if given.quick else SHAPES)
+    names = given.only or list(QUICK if given.quick else SHAPES)
     shapes = dict.fromkeys(itertools.chain.from_iterable(SHAPES[name] for name in names))
     found = []
-    for N, K, gated in shapes:
-        product = Product(rows=N, columns=K, gated=gated)
+    for N, K, gated, norm in shapes:
+        product = Product(rows=N, columns=K, gated=gated, norm=norm)
         for rows in (1, 8, 32) if given.quick else given.rows:
             one = tune(product, rows, torch.bfloat16)
             if one is None:

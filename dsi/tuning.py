@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dsi.errors import DsiError
 
 if TYPE_CHECKING:
-    from dsi.planner import Plan
+    from dsi.planner import Plan, SlotPlan
 
 Settings = dict[str, int]
 
@@ -31,30 +31,37 @@ RING_BYTES = 320 << 20
 # relative to the reference, in the norm; a few roundings of bf16 among thousands of products are far below
 TOLERANCE = 1e-2
 
+# above so many programs a multiprocessor a program takes several tiles: never, of the products of a step
+ALL = 1024
 MATVEC: tuple[Settings, ...] = tuple(
-    {"block_n": n, "block_k": k, "num_warps": warps}
-    for n, k, warps in (
-        (2, 1024, 2), (4, 512, 2), (4, 1024, 4), (4, 1024, 2), (8, 512, 2), (8, 512, 4), (8, 1024, 4), (2, 2048, 4),
-        (4, 2048, 4), (2, 1024, 4),
+    {"block_n": n, "block_k": k, "num_warps": warps, "programs_per_sm": programs}
+    for n, k, warps, programs in (
+        (2, 1024, 2, ALL), (4, 512, 2, ALL), (4, 1024, 4, ALL), (4, 1024, 2, ALL), (8, 512, 2, ALL), (8, 512, 4, ALL),
+        (8, 1024, 4, ALL), (2, 1024, 4, ALL), (2, 2048, 4, ALL), (4, 2048, 4, ALL), (4, 2048, 2, ALL),
+        (8, 2048, 8, ALL), (16, 2048, 8, ALL), (2, 2048, 4, 6), (4, 2048, 4, 4), (4, 2048, 2, 8), (8, 2048, 8, 2),
+        (2, 4096, 4, ALL), (4, 4096, 8, ALL), (8, 4096, 8, ALL), (4, 4096, 8, 2), (2, 8192, 8, ALL),
     )
 )  # fmt: skip
 SKINNY: tuple[Settings, ...] = tuple(
     {"block_n": n, "block_k": k, "splits": splits, "stages": stages, "num_warps": 4, "dependent": dependent}
     for n, k, splits, stages in (
-        (64, 128, 1, 4), (64, 128, 2, 4), (64, 128, 4, 3), (128, 64, 1, 4), (128, 64, 4, 4), (64, 64, 2, 6),
-        (32, 256, 1, 3),
+        (64, 128, 1, 4), (64, 128, 1, 3), (64, 64, 1, 6), (64, 64, 1, 5), (32, 64, 1, 6), (32, 128, 1, 3),
+        (128, 64, 1, 4), (64, 128, 2, 4), (64, 128, 4, 3), (64, 64, 2, 6), (32, 128, 2, 4), (128, 64, 4, 4),
     )
-    for dependent in (1, 2)
+    for dependent in (1, 2, 3)
 )  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)
 class Product:
-    """A product of a decode step: a matrix [rows, columns], and whether half of the rows gate the others."""
+    """A product of a decode step: a matrix [rows, columns], whether half of the rows gate the others, and the norm
+    before it, "" for none.
+    """
 
     rows: int
     columns: int
     gated: bool = False
+    norm: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -71,15 +78,20 @@ class Found:
 def products_of(plan: Plan, model: nn.Module) -> tuple[Product, ...]:
     """The products of a model's decode step, each once: its layers' matrices and the head's."""
     found = {
-        Product(rows=slot.shape[0], columns=slot.shape[1], gated=slot.place == "gate_up"): None
+        Product(rows=slot.shape[0], columns=slot.shape[1], gated=slot.place == "gate_up", norm=_norm(slot)): None
         for block in plan.blocks
         for slot in block.slots
         if len(slot.shape) == 2
     }
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
-        found[Product(rows=head.weight.shape[0], columns=head.weight.shape[1])] = None
+        found[Product(rows=head.weight.shape[0], columns=head.weight.shape[1], norm="rms")] = None
     return tuple(found)
+
+
+def _norm(slot: SlotPlan) -> str:
+    """The norm before a layer's product; which one of the two matters little."""
+    return "rms" if slot.place in ("qkv", "up", "gate_up") else ""
 
 
 def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
@@ -95,7 +107,8 @@ def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
 
     op, kernel, candidates = ("matvec", one, MATVEC) if rows <= MAX_ROWS else ("skinny", few, SKINNY)
     weights, given = _operands(product, rows, dtype)
-    timed = _timed(kernel, candidates, weights, given)
+    fitting = tuple(one for one in candidates if fits(one, product))
+    timed = _timed(kernel, fitting, weights, given)
     library = graph_time(lambda i: F.linear(given["x"], weights[i]), len(weights))
     if not timed:
         return None
@@ -104,6 +117,13 @@ def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
         best = {**best, "library": 1 if time < library else 2}
     shape = f"rows={rows},n={product.rows},k={product.columns},bytes={dtype.itemsize}"
     return Found(op=op, shape=shape, settings=best, time=time, library=library)
+
+
+def fits(settings: Settings, product: Product) -> bool:
+    """Whether a candidate is another one than those with smaller tiles: a tile is no wider than twice the columns."""
+    several = settings.get("programs_per_sm", ALL) < ALL
+    whole = settings["block_k"] >= product.columns
+    return settings["block_k"] < 2 * product.columns and (whole or not several)
 
 
 def require_device() -> None:
@@ -118,6 +138,10 @@ def _operands(product: Product, rows: int, dtype: torch.dtype) -> tuple[list[Ten
     count = max(2, -(-RING_BYTES // (N * K * dtype.itemsize)))
     weights = [torch.randn(N, K, **options) / K**0.5 for _ in range(count)]
     given: dict[str, Any] = {"x": torch.randn(rows, K, **options)}
+    if product.norm:
+        given |= {"norm": product.norm, "norm_weight": torch.rand(K, **options) + 0.5}
+    if product.norm == "layer":
+        given["norm_bias"] = torch.randn(K, **options)
     if product.gated:
         return weights, {**given, "kind": "silu", "gated": True}
     return weights, {**given, "residual": torch.randn(rows, N, **options)}

@@ -27,11 +27,11 @@ def test_a_models_products_are_its_layers_and_its_head() -> None:
     hidden, wide, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads = config.num_attention_heads
     assert set(products_of(plan, model)) == {
-        Product(rows=(heads + 2 * config.num_key_value_heads) * size, columns=hidden),
+        Product(rows=(heads + 2 * config.num_key_value_heads) * size, columns=hidden, norm="rms"),
         Product(rows=hidden, columns=heads * size),
-        Product(rows=2 * wide, columns=hidden, gated=True),
+        Product(rows=2 * wide, columns=hidden, gated=True, norm="rms"),
         Product(rows=hidden, columns=wide),
-        Product(rows=config.vocab_size, columns=hidden),
+        Product(rows=config.vocab_size, columns=hidden, norm="rms"),
     }
 
 
@@ -42,6 +42,12 @@ def test_every_candidate_is_a_setting_that_files_may_have(op: str, candidates: A
     assert len(read_settings(path, known)) == len(candidates)
     # library is settled by the comparison, not by a candidate
     assert all(set(one) | {"library"} == known | {"library"} for one in candidates)
+
+
+def test_a_candidate_fits_where_it_is_not_another_one_over() -> None:
+    product = Product(rows=64, columns=1600)
+    assert [n for n in (512, 2048, 4096) if tuning.fits({"block_k": n}, product)] == [512, 2048]
+    assert [n for n in (512, 2048, 4096) if tuning.fits({"block_k": n, "programs_per_sm": 4}, product)] == [2048]
 
 
 def found(shape: str, **settings: int) -> Found:
