@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
+from dsi.runtime.capture import own_workspaces
 from dsi.runtime.trees import rebuilt, tensors
 
 # times that the host looks for the word before it sleeps between two looks, and for how long then
@@ -86,7 +87,8 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[An
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"), graph_kernels():
+        captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with own_workspaces(), captured, graph_kernels():
             result = run()
     return graph, result
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dsi.containers.launches import graph_kernels
 from dsi.containers.ops import Biased, Heads
 from dsi.runtime.alibi import places_of
+from dsi.runtime.capture import own_workspaces
 from dsi.runtime.decode import Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
@@ -134,7 +135,8 @@ class StepGraph:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"), graph_kernels():
+        captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with own_workspaces(), captured, graph_kernels():
             logits = self._run()
         return graph, logits
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import dsi
+from dsi.runtime.forward_graph import capture
 
 pytestmark = pytest.mark.gpu
 
@@ -59,3 +60,17 @@ def test_peak_is_weights_and_cache(rows: int, prompt: int, new: int) -> None:
     cache = rows * (prompt + new) * position
     peak = torch.cuda.max_memory_allocated() - others
     assert peak <= ALLOWED * (weights + cache), f"{peak / (weights + cache):.3f} of weights and cache"
+
+
+def test_captures_leave_nothing_behind() -> None:
+    """What cuBLAS works in is the graph's, and goes with it."""
+    x, w = torch.randn(64, 16384, device=DEVICE), torch.randn(64, 16384, device=DEVICE)
+    wanted, left = x @ w.T, []
+    for _ in range(3):
+        graph, found = capture(lambda: x @ w.T, torch.device(DEVICE), torch.cuda.graph_pool_handle())
+        graph.replay()
+        torch.testing.assert_close(found, wanted)
+        del graph, found
+        torch.cuda.synchronize()
+        left.append(torch.cuda.memory_allocated())
+    assert len(set(left)) == 1
