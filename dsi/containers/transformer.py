@@ -313,7 +313,6 @@ class DecoderLayer(TransformerLayer):
         qkv = ops.norm_project(places["norm_attn"], places["qkv"], hidden)
         options = (self.scale, self.softcap, self.head_norms, self.repeat, self.window)
         attended = ops.step_attention(qkv, self.shape, rope, kv, mask, *options)
-        hidden = ops.project_add(places["out"], attended, hidden)
-        up = places["gate_up" if self.gated else "up"]
-        expanded = ops.norm_expand(places["norm_mlp"], up, hidden, self.kind, self.gated)
+        mlp = (places["norm_mlp"], places["gate_up" if self.gated else "up"], self.kind, self.gated)
+        expanded, hidden = ops.add_expand(places["out"], attended, hidden, *mlp)
         return ops.project_add(places["down"], expanded, hidden)

@@ -24,9 +24,13 @@ def product_of(x: Tensor, weight: Tensor, norm: NormOp | None = None) -> Product
         return None
     if not x.is_contiguous() or not weight.is_contiguous() or weight.dtype is not x.dtype:
         return None
-    if norm is not None and norm.kind == "rms" and (norm.weight is None or norm.offset):
+    if norm is not None and not _known(norm):
         return None
     return _kernel(x, weight, normed=norm is not None)
+
+
+def _known(norm: NormOp) -> bool:
+    return norm.kind == "layer" or (norm.weight is not None and not norm.offset)
 
 
 def _kernel(x: Tensor, weight: Tensor, *, normed: bool) -> Product | None:
@@ -46,6 +50,14 @@ def linear_product(linear: Any, x: Tensor, norm: NormOp | None = None) -> Produc
     # a rank's part of a layer has a class of its own
     plain = type(linear) is FusedLinear and linear.form == "aten"
     return product_of(x, linear.weight, norm) if plain else None
+
+
+def sum_product(linear: Any, x: Tensor, residual: Tensor, norm: NormOp) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel that takes linear(x) + residual, and its norm with the sum of the product's parts; None for none."""
+    from dsi_kernels.skinny import skinny, skinny_norm
+
+    taken = _known(norm) and residual.is_contiguous() and linear_product(linear, x) is skinny
+    return skinny_norm if taken else None
 
 
 def norm_arguments(norm: NormOp) -> dict[str, Any]:

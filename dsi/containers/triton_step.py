@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsi.containers.launches import IN_GRAPH, torch_wins
 from dsi.containers.ops import AtenOps, Biased, HeadNorms, Heads, NormOp, Rope
-from dsi.containers.triton_products import linear_product, norm_arguments, product_of
+from dsi.containers.triton_products import linear_product, norm_arguments, product_of, sum_product
 
 
 class TritonStepOps(AtenOps):
@@ -29,6 +29,14 @@ class TritonStepOps(AtenOps):
         if (product := linear_product(linear, x, norm)) is None:
             return super().norm_expand(norm, linear, x, kind, gated)
         return product(x, linear.weight, linear.bias, **norm_arguments(norm), kind=kind, gated=gated)
+
+    def add_expand(
+        self, out: Any, x: Tensor, residual: Tensor, norm: NormOp, linear: Any, kind: str, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        if (product := sum_product(out, x, residual, norm)) is None:
+            return super().add_expand(out, x, residual, norm, linear, kind, gated)
+        normed, total = product(x, out.weight, out.bias, residual, norm.kind, norm.weight, norm.bias, norm.eps)
+        return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind), total
 
     def project(self, linear: Any, x: Tensor) -> Tensor:
         if (product := linear_product(linear, x)) is None:

@@ -62,6 +62,8 @@ def test_every_operation_is_torchs(rows, kind, device, ours):
                 table.project_add(narrow, x, x),
                 table.activate(wide, x, "gelu"),
                 table.gate(wide, x, "silu"),
+                *table.add_expand(narrow, x, x, over, wide, "silu", True),
+                *table.add_expand(narrow, x, x, over, wide, "relu", False),
             ]
             if table is own:
                 kept = found
@@ -88,6 +90,17 @@ def test_who_computes(device, ours):
         assert taken(weight[:3, :24], weight[:, :24]) is None
         assert taken(row, weight, NormOp("rms", None, None, 1e-5)) is None
         assert products.linear_product(nn.Linear(48, 64), row) is None
+
+
+def test_a_sum_is_normed_where_its_parts_are_added_up(device, ours):
+    x, over = torch.zeros(3, 48, device=device, dtype=torch.bfloat16), norm(device, 48, "rms")
+    narrow = linear(device, 48, 48)
+    assert products.sum_product(narrow, x, x, over) is None
+    with graph_kernels():
+        assert products.sum_product(narrow, x, x, over).__name__ == "skinny_norm"
+        assert products.sum_product(narrow, x[:2], x[:2], over) is None
+        assert products.sum_product(narrow, x, x, NormOp("rms", over.weight, None, 1e-5, 1.0)) is None
+        assert products.sum_product(narrow, x, x.T.contiguous().T, over) is None
 
 
 def test_the_library_computes_where_nothing_was_measured(device):
