@@ -78,12 +78,16 @@ class ForwardGraph:
 
 def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any]:
     """A graph of `run`, and what it returned: memory that each replay fills."""
+    from dsi_kernels import compile_ahead
+
     # tensors made in inference mode could not be written to outside
     with torch.inference_mode(False), torch.no_grad():
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), graph_kernels():
-            # compiles the kernels, and sets up what the libraries set up at their first call
+            # all at once; what ran meanwhile ran on what the others would have written
+            compile_ahead(run, device)
+            # sets up what the libraries set up at their first call
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
