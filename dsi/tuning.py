@@ -106,7 +106,8 @@ def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
     from dsi_kernels.skinny import skinny as few
 
     op, kernel, candidates = ("matvec", one, MATVEC) if rows <= MAX_ROWS else ("skinny", few, SKINNY)
-    weights, given = _operands(product, rows, dtype)
+    # the norm before a few rows is a launch of its own, with cuBLAS as without
+    weights, given = _operands(product if op == "matvec" else attrs.evolve(product, norm=""), rows, dtype)
     fitting = tuple(one for one in candidates if fits(one, product))
     timed = _timed(kernel, fitting, weights, given)
     library = graph_time(lambda i: F.linear(given["x"], weights[i]), len(weights))
