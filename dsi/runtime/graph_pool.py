@@ -202,8 +202,8 @@ def rounded(positions: int, rows: int = 1, *, grown: bool = False) -> int:
         grown: an earlier text of so many rows was shorter, and the next may be longer: `ROUNDED_TO` of each row more at
             most, or an eighth.
     """
-    together, share = (1, 8) if grown else (rows, 32)
-    step = max(ROUNDED_TO // together, min(ROUNDED_TO, LEAST), (1 << positions.bit_length() - 1) // share)
+    halvings, share = (0, 8) if grown else ((rows - 1).bit_length(), 32)
+    step = max(ROUNDED_TO >> halvings, min(ROUNDED_TO, LEAST), (1 << positions.bit_length() - 1) // share)
     return -(-positions // step) * step
 
 

@@ -284,6 +284,7 @@ def test_a_text_too_short_for_a_graph_leaves_the_cache_to_the_next(graphs):
         (160, 8, False, 160),
         (161, 8, False, 192),
         (161, 64, False, 176),
+        (161, 3, False, 192),
         (161, 8, True, 256),
         (9000, 8, True, 9216),
         (20000, 8, True, 20480),
