@@ -136,6 +136,7 @@ def _goals(text: Text, times: Mapping[str, Sample], share: float) -> Iterator[Go
 DRAWS = {
     "temperature": {"temperature": 0.8, "top_k": 0},
     "top-k": {"temperature": 0.8, "top_k": 50},
+    "top-p": {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
     "top-k top-p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
 
