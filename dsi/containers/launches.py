@@ -17,6 +17,8 @@ KERNEL_FROM = 1 << 22
 DEPENDENT = True
 
 IN_GRAPH: ContextVar[bool] = ContextVar("dsi_in_graph", default=False)
+# whether what a library plans anew for every shape pays off in the graph that is made
+PLANS: ContextVar[bool] = ContextVar("dsi_plans", default=True)
 
 
 @contextmanager
@@ -30,6 +32,16 @@ def graph_kernels() -> Iterator[None]:
             yield
     finally:
         IN_GRAPH.reset(before)
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """In this context, and thread, a graph is one of many for shapes near each other: none pays for its own plans."""
+    before = PLANS.set(False)
+    try:
+        yield
+    finally:
+        PLANS.reset(before)
 
 
 def torch_wins(x: Tensor) -> bool:
