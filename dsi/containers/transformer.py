@@ -137,6 +137,10 @@ class TransformerLayer(Container):
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         q, k, v = self._heads(normed, call)
+        if not self.pre_norm and call.packed is None:
+            given = (self._mask(call), call.causal, self.scale, self.softcap)
+            hidden = ops.attend_normed((q, k, v), *given, places["out"], hidden, places["norm_attn"])
+            return self._mlp_normed(hidden)
         if call.packed is not None:
             attended = ops.attend_packed(q, k, v, call.packed, self.scale)
         else:
@@ -209,8 +213,12 @@ class TransformerLayer(Container):
         if self.pre_norm:
             normed, hidden = ops.project_norm(out, attended, hidden, places["norm_mlp"])
             return self._mlp_add(normed, hidden)
-        hidden = ops.project_normed(out, attended, hidden, places["norm_attn"])
-        return ops.project_normed(places["down"], self._expand(hidden), hidden, places["norm_mlp"])
+        return self._mlp_normed(ops.project_normed(out, attended, hidden, places["norm_attn"]))
+
+    def _mlp_normed(self, hidden: Tensor) -> Tensor:
+        """norm(mlp(hidden) + hidden), a post-norm layer's end."""
+        places: dict[str, Any] = self._modules
+        return self.ops.project_normed(places["down"], self._expand(hidden), hidden, places["norm_mlp"])
 
     def _mlp_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """mlp(x) + residual, which is the layer's own to overwrite, and may be x."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsi.containers.launches import IN_GRAPH, torch_wins
+from dsi.containers.launches import IN_GRAPH, PLANS, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.packing import Packing
@@ -85,8 +85,7 @@ class TritonOps(TritonStepOps):
         import dsi_kernels
 
         residual = residual.contiguous()
-        known = norm.kind == "layer" or (norm.weight is not None and not norm.offset)
-        if known and (config := _fused(linear, x, "norm")) is not None:
+        if _known(norm) and (config := _fused(linear, x, "norm")) is not None:
             norms = (norm.kind, norm.weight, norm.bias, norm.eps)
             given = (x, linear.weight, linear.bias, residual, *norms)
             return dsi_kernels.linear_norm(*given, keep_sum=keep_sum, config=config)
@@ -187,6 +186,28 @@ class TritonOps(TritonStepOps):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
+    def attend_normed(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        softcap: float | None,
+        out: Any,
+        residual: Tensor,
+        norm: NormOp,
+    ) -> Tensor:
+        q, k, v = qkv
+        causal = causal and mask is None
+        fits = softcap is None and _whole(q, k, mask, causal) and _known(norm) and residual.is_contiguous()
+        config = _together(out, q) if fits else None
+        if config is None:
+            return super().attend_normed(qkv, mask, causal, scale, softcap, out, residual, norm)
+        import dsi_kernels
+
+        given = (q, k, v, out.weight, out.bias, residual, norm.kind, norm.weight, norm.bias, norm.eps, mask)
+        return dsi_kernels.attention_norm(*given, causal=causal, scale=scale, keep_sum=False, config=config)[0]
+
     def packs(self, x: Tensor) -> bool:
         return x.is_cuda
 
@@ -208,6 +229,7 @@ class TritonLayerOps(TritonOps):
     split_into = AtenOps.split_into
     append = AtenOps.append
     attend = AtenOps.attend
+    attend_normed = AtenOps.attend_normed
     decode = AtenOps.decode
     packs = AtenOps.packs
     attend_packed = AtenOps.attend_packed
@@ -226,6 +248,22 @@ def _fused(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:
     return config if config["choice"] == FUSED else None
 
 
+def _known(norm: NormOp) -> bool:
+    """Whether our kernels know the norm."""
+    return norm.kind == "layer" or (norm.weight is not None and not norm.offset)
+
+
+def _together(out: Any, q: Tensor) -> Mapping[str, int] | None:
+    """The settings of an attention that is projected where it is computed; None where two kernels are the faster."""
+    plain = type(out) is FusedLinear and out.form == "aten" and out.weight.dtype is q.dtype
+    if not plain or not q.numel() or not IN_GRAPH.get():
+        return None
+    from dsi_kernels.attention_norm import TOGETHER, attention_norm_config
+
+    config = attention_norm_config(q, out.weight.shape[0])
+    return config if config["choice"] == TOGETHER else None
+
+
 def _whole(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     """Whether the attention is that of whole texts, in a form that a choice was measured for."""
     if q.shape[2] == 1 or (causal and q.shape[2] != k.shape[2]):
@@ -238,8 +276,8 @@ def _attention(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Mappi
     from dsi_kernels.attention import attention_config
 
     config = attention_config(k.shape[2], q.shape[3], causal=causal, masked=mask is not None, like=q)
-    # cuDNN plans anew for every length, 59 to 66 ms each (737 the first; H100, torch 2.11): a graph pays that once, a
-    # prompt of any length each time, for 30 us a layer (1 x 2048, 32 heads of 128: 87 us against our 117, flash's 167)
-    if config["choice"] == CUDNN and not IN_GRAPH.get():
+    # cuDNN plans anew for every length, 45 to 93 ms each (H200, torch 2.11): a graph pays that once, a prompt of any
+    # length each time, for 30 us a layer (1 x 2048, 32 heads of 128: 87 us against our 117, flash's 167)
+    if config["choice"] == CUDNN and not (IN_GRAPH.get() and PLANS.get()):
         config = {**config, "choice": OWN}
     return {} if config["choice"] == OWN and torch_wins(q) else config

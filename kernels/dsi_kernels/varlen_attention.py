@@ -82,10 +82,10 @@ def varlen_attention(
         return out
     if config is None:
         config = attention_config(max_len, head_dim, causal=causal, masked=False, like=q)
-    strides = (*_strides(q), *_strides(k), *_strides(v), 0, out.stride(0))
+    strides = (*_strides(q), *_strides(k), *_strides(v), 0, head_dim, out.stride(0))
     grid = (max_len, heads, cu_seqlens.shape[0] - 1)
     launch = launch_of(q, k, None, grid, strides, causal=causal, scale=scale, config=config)
-    launch(q, k, v, None, cu_seqlens, out, q.shape[0], k.shape[0])
+    launch(q, k, v, None, cu_seqlens, out, None, q.shape[0], k.shape[0])
     return out
 
 
