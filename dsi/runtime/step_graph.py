@@ -7,6 +7,7 @@ the graph itself, so that steps chain without a word from the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -159,7 +160,7 @@ class StepGraph:
         return logits
 
     def _count_from(self, length: int) -> None:
-        self.counters.copy_(torch.tensor([length, length + 1, 1]))
+        _send([length, length + 1, 1], self.counters)
 
     def begin(self, tokens: Tensor, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
         """Set a text's state.
@@ -187,14 +188,14 @@ class StepGraph:
     def set_ends(self, end_ids: list[int], pad: Tensor | None) -> None:
         """The tokens that end a row, and what follows them."""
         if self.key.ends:
-            self.ends.copy_(torch.tensor(end_ids, dtype=torch.int64))
+            _send(end_ids, self.ends)
             self.finished.copy_((self.tokens == self.ends).any(1))
             assert pad is not None, "transformers gives a padding token wherever there is an end token"
             self.pad.copy_(pad.view(()))
 
     def set_sampling(self, settings: tuple[float, ...], seen: Tensor | None) -> None:
         """How tokens are chosen, and int8 [B, vocabulary], which of them came before."""
-        self.settings.copy_(torch.tensor(settings, dtype=torch.float32))
+        _send(settings, self.settings)
         self.invalid.fill_(False)
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)
@@ -203,3 +204,9 @@ class StepGraph:
         """One step: logits [B, vocab], valid until the next; the greedy next tokens stand in `tokens` then."""
         self.graph.replay()
         return self.logits
+
+
+def _send(numbers: Sequence[float], place: Tensor) -> None:
+    """Write numbers to the device, which may still be at the prompt, and go on."""
+    made = torch.tensor(numbers, dtype=place.dtype)
+    place.copy_(made.pin_memory() if place.is_cuda else made, non_blocking=True)

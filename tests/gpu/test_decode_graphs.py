@@ -299,6 +299,23 @@ def test_memory_is_flat_and_given_back() -> None:
     assert torch.cuda.memory_allocated() < before
 
 
+def test_a_text_begins_while_the_device_is_at_its_prompt() -> None:
+    pair = Pair("llama")
+    given = pair.inputs(2, 6)
+    pair.ours.generate(**given, do_sample=True, max_new_tokens=9, eos_token_id=[66], pad_token_id=0)
+    ((_, graph),) = pair.ours._dsi.graphs._graphs.values()
+    tokens, pad = torch.ones(2, dtype=torch.int64, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph.begin(tokens, 6, 6, None)
+        graph.set_ends([66], pad)
+        graph.set_sampling((1.0,) * 6, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert graph.counters.tolist() == [6, 7, 1]
+    assert graph.ends.tolist() == [66]
+
+
 def test_without_graphs_if_asked() -> None:
     stock = tiny("llama").to(DEVICE)
     engine = dsi.init_inference(copy.deepcopy(stock), enable_cuda_graph=False)
