@@ -232,20 +232,13 @@ class AtenOps:
         normed = self.norm(norm, x)
         return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind)
 
-    def add_expand(
-        self, out: Any, x: Tensor, residual: Tensor, norm: NormOp, linear: Any, kind: str, gated: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(`norm_expand` of the sum, the sum): of out(x) + residual; x and residual [B, K]."""
-        total = self.project_add(out, x, residual)
-        return self.norm_expand(norm, linear, total, kind, gated), total
-
     def project(self, linear: Any, x: Tensor) -> Tensor:
         """linear(x)."""
         product: Tensor = linear.forward(x)
         return product
 
-    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
-        """linear(x) + residual."""
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor, following: NormOp | None = None) -> Tensor:
+        """linear(x) + residual; `following` is the norm that is taken over it next, which may be taken with it."""
         return linear.add(x, residual)
 
     def project_add_(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:

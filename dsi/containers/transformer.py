@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from dsi.containers.activations import KIND_OF_NAME
 from dsi.containers.base import Container, LayerCall
 from dsi.containers.first_positions import FirstPositions
-from dsi.containers.ops import HeadNorms, Heads, Rope, repeat_heads, with_bias
+from dsi.containers.ops import HeadNorms, Heads, NormOp, Rope, repeat_heads, with_bias
 from dsi.containers.triton_step import kernels_take
 from dsi.policy import Refusal, Slot
 
@@ -288,7 +288,9 @@ class DecoderLayer(TransformerLayer):
         # a cache of two halves belongs to cross attention
         return hasattr(cache, "update") and not hasattr(cache, "cross_attention_cache")
 
-    def decode(self, hidden: Tensor, kv: Any, rope: Rope | None, mask: Tensor | None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, kv: Any, rope: Rope | None, mask: Tensor | None, following: NormOp | None = None
+    ) -> Tensor:
         """One new position a row; call it where gradients are off.
 
         Two dimensions on purpose: a linear layer on [B, 1, H] costs two more operations, 14 of 55 us at 1408 x 256 on
@@ -300,6 +302,7 @@ class DecoderLayer(TransformerLayer):
             rope: terms of the position, each [1 or B, 1, rotary_dim], or None.
             mask: None, or bool [B, 1, 1, T], True = attend, or additive [1 or B, heads, 1, T]; T counts the new
                 position.
+            following: the norm that is taken over the result next, if one is.
 
         Returns:
             [B, H].
@@ -308,7 +311,7 @@ class DecoderLayer(TransformerLayer):
         own["fused_calls"] += 1
         ops, places = self.ops, own["_modules"]
         if self.chained:
-            return self._decode_chain(ops, places, hidden, kv, rope, mask)
+            return self._decode_chain(ops, places, hidden, kv, rope, mask, following)
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         qkv = places["qkv"].forward(normed)
         options = (self.scale, self.softcap, self.head_norms, self.repeat, self.window)
@@ -316,11 +319,19 @@ class DecoderLayer(TransformerLayer):
         return self._after(attended, hidden, normed)
 
     def _decode_chain(
-        self, ops: Any, places: dict[str, Any], hidden: Tensor, kv: Any, rope: Rope | None, mask: Tensor | None
+        self,
+        ops: Any,
+        places: dict[str, Any],
+        hidden: Tensor,
+        kv: Any,
+        rope: Rope | None,
+        mask: Tensor | None,
+        following: NormOp | None,
     ) -> Tensor:
         qkv = ops.norm_project(places["norm_attn"], places["qkv"], hidden)
         options = (self.scale, self.softcap, self.head_norms, self.repeat, self.window)
         attended = ops.step_attention(qkv, self.shape, rope, kv, mask, *options)
-        mlp = (places["norm_mlp"], places["gate_up" if self.gated else "up"], self.kind, self.gated)
-        expanded, hidden = ops.add_expand(places["out"], attended, hidden, *mlp)
-        return ops.project_add(places["down"], expanded, hidden)
+        hidden = ops.project_add(places["out"], attended, hidden, places["norm_mlp"])
+        up = places["gate_up" if self.gated else "up"]
+        expanded = ops.norm_expand(places["norm_mlp"], up, hidden, self.kind, self.gated)
+        return ops.project_add(places["down"], expanded, hidden, following)

@@ -49,7 +49,7 @@ class TritonOps(TritonStepOps):
 
         return dsi_kernels.linear_fused(x, linear.weight, linear.bias, config=config)
 
-    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor, following: NormOp | None = None) -> Tensor:
         if (config := _fused(linear, x, "add")) is None or not residual.is_contiguous():
             return super().project_add(linear, x, residual)
         import dsi_kernels

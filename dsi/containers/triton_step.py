@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsi.containers.launches import IN_GRAPH, torch_wins
@@ -16,34 +17,35 @@ class TritonStepOps(AtenOps):
     """dsi_kernels where one covers the operation of a step; the rest is torch's."""
 
     def norm_project(self, norm: NormOp, linear: Any, x: Tensor) -> Tensor:
+        if (normed := _norm_taken(norm, x)) is not None:
+            return self.project(linear, normed)
         if (product := linear_product(linear, x, norm)) is None:
             return super().norm_project(norm, linear, x)
         return product(x, linear.weight, linear.bias, **norm_arguments(norm))
 
     def norm_product(self, norm: NormOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (normed := _norm_taken(norm, x)) is not None:
+            product = product_of(normed, weight)
+            return F.linear(normed, weight, bias) if product is None else product(normed, weight, bias)
         if (product := product_of(x, weight, norm)) is None:
             return super().norm_product(norm, x, weight, bias)
         return product(x, weight, bias, **norm_arguments(norm))
 
     def norm_expand(self, norm: NormOp, linear: Any, x: Tensor, kind: str, gated: bool) -> Tensor:
+        if (normed := _norm_taken(norm, x)) is not None:
+            return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind)
         if (product := linear_product(linear, x, norm)) is None:
             return super().norm_expand(norm, linear, x, kind, gated)
         return product(x, linear.weight, linear.bias, **norm_arguments(norm), kind=kind, gated=gated)
-
-    def add_expand(
-        self, out: Any, x: Tensor, residual: Tensor, norm: NormOp, linear: Any, kind: str, gated: bool
-    ) -> tuple[Tensor, Tensor]:
-        if (product := sum_product(out, x, residual, norm)) is None:
-            return super().add_expand(out, x, residual, norm, linear, kind, gated)
-        normed, total = product(x, out.weight, out.bias, residual, norm.kind, norm.weight, norm.bias, norm.eps)
-        return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind), total
 
     def project(self, linear: Any, x: Tensor) -> Tensor:
         if (product := linear_product(linear, x)) is None:
             return super().project(linear, x)
         return product(x, linear.weight, linear.bias)
 
-    def project_add(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+    def project_add(self, linear: Any, x: Tensor, residual: Tensor, following: NormOp | None = None) -> Tensor:
+        if following is not None and (both := sum_product(linear, x, residual, following)) is not None:
+            return _with_norm(following, *both(x, linear.weight, linear.bias, residual, *_norm_of(following)))
         product = linear_product(linear, x)
         if product is None or not residual.is_contiguous():
             return super().project_add(linear, x, residual)
@@ -114,6 +116,26 @@ class TritonStepOps(AtenOps):
             return super().decode(q, k, v, mask, scale, softcap, filled)
         out = dsi_kernels.decode_attention(q, k, v, k.shape[2] if filled is None else filled, mask, scale)
         return out.reshape(q.shape[0], -1)
+
+
+# what a sum's norm came to goes with the tensor, from a layer to the next one, and with it
+_NORMED = "dsi_normed"
+
+
+def _with_norm(norm: NormOp, normed: Tensor, total: Tensor) -> Tensor:
+    """The sum, which knows what it comes to under the norm."""
+    total.__dict__[_NORMED] = (norm, normed)
+    return total
+
+
+def _norm_taken(norm: NormOp, total: Tensor) -> Tensor | None:
+    """norm(total) where it was taken with the sum, else None."""
+    known, normed = total.__dict__.get(_NORMED, (None, None))
+    return normed if known is norm else None
+
+
+def _norm_of(norm: NormOp) -> tuple[Any, ...]:
+    return norm.kind, norm.weight, norm.bias, norm.eps
 
 
 def _additive(mask: Tensor | Biased | None) -> bool:

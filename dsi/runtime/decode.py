@@ -11,6 +11,7 @@ collecting outputs. A step does none of that: what it needs is looked up once a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from dsi.containers.base import Container
 from dsi.containers.linear import has_avx512
 from dsi.containers.ops import Biased, NormOp, Rope
+from dsi.containers.transformer import DecoderLayer
 from dsi.errors import PolicyError
 from dsi.parallel import ShardedContainer
 from dsi.policy import CausalLM, Config, Const, Norm, Positions, Rotary
@@ -205,9 +207,10 @@ class DecodeRunner:
         """
         parts = self.parts
         embed = (_embedding(self._at(parts.embed)), self._linear(parts.project_in), self._norm(parts.embed_norm))
-        tail = (*self._tail(), self._cap())
+        last = self._norm_op(parts.norm)
+        tail = (*self._tail(last), self._cap())
         return Step(
-            decoders=[layer.decode for layer in self._at(parts.layers)],
+            decoders=self._decoders(last),
             embed=[op for op in embed if op is not None],
             positions=None if parts.positions is None else self._position_rows(parts.positions),
             rope=self._own_rope(reach) if parts.rotary is None else self._rope(parts.rotary, reach),
@@ -267,9 +270,19 @@ class DecodeRunner:
         ops = self._at(self.parts.layers)[0].ops
         return None if norm is None else lambda x: ops.norm(norm, x)
 
-    def _tail(self) -> tuple[Op | None, ...]:
+    def _decoders(self, last: NormOp | None) -> list[Callable[..., Tensor]]:
+        """Each layer's step; one that takes the same norm as the next begins with knows it."""
+        layers = list(self._at(self.parts.layers))
+        found: list[Callable[..., Tensor]] = []
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            following = last if after is None else after.norm_attn if getattr(after, "chained", False) else None
+            knows = following is not None and type(layer).decode is DecoderLayer.decode
+            found.append(partial(layer.decode, following=following) if knows else layer.decode)
+        return found
+
+    def _tail(self, norm: NormOp | None) -> tuple[Op | None, ...]:
         """The last norm, the projection and the head."""
-        norm, project = self._norm_op(self.parts.norm), self._linear(self.parts.project_out)
+        project = self._linear(self.parts.project_out)
         head = self._at(self.parts.head)
         if norm is not None and project is None and type(head) is nn.Linear and head.weight.is_cuda:
             ops, weight, bias = self._at(self.parts.layers)[0].ops, head.weight, head.bias

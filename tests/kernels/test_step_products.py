@@ -62,8 +62,12 @@ def test_every_operation_is_torchs(rows, kind, device, ours):
                 table.project_add(narrow, x, x),
                 table.activate(wide, x, "gelu"),
                 table.gate(wide, x, "silu"),
-                *table.add_expand(narrow, x, x, over, wide, "silu", True),
-                *table.add_expand(narrow, x, x, over, wide, "relu", False),
+                total := table.project_add(narrow, x, x, over),
+                table.norm_project(over, wide, total),
+                table.norm_product(over, total, wide.weight, None),
+                table.norm_expand(over, wide, total, "silu", True),
+                table.norm_expand(over, wide, total, "relu", False),
+                table.norm_project(norm(device, 48, "rms" if kind == "layer" else "layer"), wide, total),
             ]
             if table is own:
                 kept = found
