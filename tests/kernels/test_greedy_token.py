@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsi_kernels import greedy_token, greedy_token_reference
+from dsi_kernels.greedy_token import _advance_kernel
 from tests.kernels.tolerance import DTYPES
 
 
@@ -81,3 +82,19 @@ def test_refuses_and_says_why(change, message, device):
     given = {"logits": torch.zeros(3, 4), **state(device), **change}
     with pytest.raises(ValueError, match=message):
         greedy_token(**{name: t.to(device) for name, t in given.items()})
+
+
+@pytest.mark.parametrize("left", [-5, 1 << 30])
+def test_what_was_never_computed_is_no_token(left, device):
+    """Before all kernels are compiled, one may run on what another did not write; the next step looks its token up."""
+    value, index = torch.zeros(2, 1, device=device), torch.full((2, 1), left, dtype=torch.int32, device=device)
+    tokens, history = (
+        torch.zeros(2, 1, dtype=torch.int64, device=device),
+        torch.zeros(2, 4, dtype=torch.int64, device=device),
+    )
+    positions, counters = torch.zeros_like(tokens), torch.zeros(3, dtype=torch.int64, device=device)
+    _advance_kernel[(1,)](
+        value, index, tokens, history, positions, counters, None, None, None, None, 2, 1, 7, history.stride(0), 0,
+        BLOCK_B=2, BLOCK_P=1, BLOCK_E=1, PDL=False,
+    )  # fmt: skip
+    assert ((tokens >= 0) & (tokens < 7)).all()
