@@ -107,6 +107,18 @@ def test_a_sum_is_normed_where_its_parts_are_added_up(device, ours):
         assert products.sum_product(narrow, x, x.T.contiguous().T, over) is None
 
 
+def test_what_a_norm_came_to_is_not_computed_again_nor_taken_for_another(device, ours):
+    x, over, wide = torch.randn(3, 48).to(device, torch.bfloat16), norm(device, 48, "rms"), linear(device, 64, 48)
+    table = TritonStepOps()
+    with graph_kernels():
+        total = table.project_add(linear(device, 48, 48), x, x, over)
+        right = table.norm_project(over, wide, total)
+        # the sum may be gone by then, its norm is not
+        total.zero_()
+        assert torch.equal(table.norm_project(over, wide, total), right)
+        assert torch.equal(table.norm_project(norm(device, 48, "rms"), wide, total), wide.bias.expand(3, -1))
+
+
 def test_the_library_computes_where_nothing_was_measured(device):
     weight = torch.zeros(64, 48, device=device, dtype=torch.bfloat16)
     with graph_kernels():

@@ -46,6 +46,15 @@ def test_logits_are_the_models_own(family, rows):
     assert cache.get_seq_length() == 40
 
 
+def test_a_layer_knows_the_norm_after_it():
+    runner = shared_pair("llama").fused._dsi.runner
+    layers, decoders = runner.containers(), runner.bind(8).decoders
+    known = [getattr(decoder, "keywords", {}).get("following") for decoder in decoders]
+    # before the head, a norm of its own
+    assert known[:-1] == [layer.norm_attn for layer in layers[1:]]
+    assert known[-1].weight is runner._at(runner.parts.norm.path).weight
+
+
 def test_a_mask_hides_positions():
     pair = shared_pair("llama")
     ids = pair.inputs(2, 8)["input_ids"]
