@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import importlib
 from typing import Any
 
 import pytest
@@ -22,21 +21,20 @@ WHOLE = {"block_s": 16, "block_t": 32, "block_n": 32, "num_warps": 4, "stages": 
 
 
 @pytest.fixture(params=["apart", "together"])
-def ours(request: Any, monkeypatch: Any) -> Iterator[None]:
+def ours(request: Any, monkeypatch: Any) -> None:
     """The tables' answers: our products and attention, the projection by itself or where the attention is computed."""
     together = WHOLE | {"choice": 1 + (request.param == "together")}
+
+    def product(x: torch.Tensor, weight: torch.Tensor, follows: str) -> dict[str, int]:
+        return BLOCKS | {"splits": 2 if follows == "norm" else 1}
+
     for op, name, answer in (
-        (
-            "linear_fused",
-            "linear_config",
-            lambda x, weight, follows: BLOCKS | {"splits": 2 if follows == "norm" else 1},
-        ),
+        ("linear_fused", "linear_config", product),
         ("attention", "attention_config", lambda *_, **__: WHOLE),
         ("attention_norm", "attention_norm_config", lambda *_: together),
     ):
         # the package has the ops under their modules' names
-        monkeypatch.setattr(sys.modules[f"dsi_kernels.{op}"], name, answer)
-    return
+        monkeypatch.setattr(importlib.import_module(f"dsi_kernels.{op}"), name, answer)
 
 
 def engine(family: str, monkeypatch: Any, *, dependent: bool) -> Any:
