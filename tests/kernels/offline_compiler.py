@@ -42,6 +42,7 @@ def compile_only(report):
             shared=kernel.metadata.shared,
             warps=kernel.metadata.num_warps,
             async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+            accelerated=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
             wide_loads=len(re.findall(r"ld\.global\S*\.v4", ptx)),
@@ -73,7 +74,7 @@ def steps(case, half):
     cache, table = torch.zeros(1, 2, 8192, 128, dtype=half), torch.zeros(1, 64, 128, dtype=half)
     rope = StepRope(table, table, False, torch.zeros(1, 1, dtype=torch.int64))
     # more splits than are added up at a time
-    config = {"tile_bytes": 8192, "num_warps": 4, "stages": 3, "min_split": 128, "programs_per_sm": 16}
+    config = {"tile_bytes": 8192, "num_warps": 4, "stages": 3, "min_split": 128, "programs_per_sm": 16, "dot_group": 2}
     given = {"rope": rope, "tickets": torch.zeros(2, dtype=torch.int32), "config": config}
     for heads in (2, 8):
         case(f"a step, {heads} heads")
@@ -102,8 +103,26 @@ def forwards(case, half):
     q, k, v = (part.transpose(1, 2) for part in torch.zeros(2, 64, 4, 64, dtype=half).split((2, 1, 1), 2))
     dk.attention(q, k, v, config=blocks)
     dk.attention(q, k, v, torch.ones(2, 1, 64, 64, dtype=torch.bool), causal=True, config=blocks)
+    weight, residual = torch.zeros(256, 128, dtype=half), torch.zeros(2, 64, 256, dtype=half)
+    norm = (residual, "layer", bias, bias, 1e-5)
+    dk.attention_norm(q, k, v, weight, bias, *norm, config=blocks | {"block_n": 64})
     q, k, v = (part.transpose(1, 2)[0] for part in (q, k, v))
     dk.varlen_attention(q, k, v, torch.zeros(3, dtype=torch.int32), 64, causal=True, config=blocks)
+
+
+def prompts(case, half):
+    """Products that the memory accelerator feeds: plain, gated, and of whole heads."""
+    case("prompts")
+    blocks = {"block_m": 128, "block_n": 128, "block_k": 64, "group_m": 8, "num_warps": 8, "stages": 3}
+    x, weight, bias = (
+        torch.zeros(1, 256, 512, dtype=half),
+        torch.zeros(512, 512, dtype=half),
+        torch.zeros(512).bfloat16(),
+    )
+    dk.prompt_linear(x, weight, bias, residual=x, config=blocks)
+    dk.prompt_linear(x, weight, kind="silu", gated=True, config=blocks)
+    cos, cache = torch.zeros(1, 256, 128, dtype=half), torch.zeros(1, 1, 512, 128, dtype=half)
+    dk.prompt_qkv(x, weight, None, cos, cos, cache, cache, 0, 2, 1, 128, config=blocks)
 
 
 def few_rows(case, half):
@@ -136,6 +155,7 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     matvecs(case, half)
     few_rows(case, half)
     forwards(case, half)
+    prompts(case, half)
     steps(case, half)
     case("greedy token")
     ids, one = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)

@@ -49,8 +49,8 @@ def test_every_kernel_compiles(compiled):
         "_advance_kernel",
         "_attention_kernel",
         "_bias_activation_kernel",
-        "_choose_kernel",
         "_decode_attention_kernel",
+        "_draw_kernel",
         "_gated_activation_kernel",
         "_input_flags_kernel",
         "_largest_kernel",
@@ -58,11 +58,14 @@ def test_every_kernel_compiles(compiled):
         "_linear_kernel",
         "_matvec_kernel",
         "_merge_splits_kernel",
+        "_narrow_kernel",
+        "_prompt_linear_kernel",
+        "_prompt_qkv_kernel",
         "_rms_norm_kernel",
         "_rope_kv_write_kernel",
         "_scores_kernel",
         "_skinny_kernel",
-        "_step_attention_kernel",
+        "step_attention_kernel",
         "_sum_kernel",
         "_sum_norm_kernel",
         "_sum_parts_kernel",
@@ -71,11 +74,11 @@ def test_every_kernel_compiles(compiled):
 
 def test_nothing_is_added_up_in_the_order_it_arrives(compiled):
     # but for the tickets of a split context
-    assert all(facts["atomics"] == 0 for facts in compiled if facts["kernel"] != "_step_attention_kernel")
+    assert all(facts["atomics"] == 0 for facts in compiled if facts["kernel"] != "step_attention_kernel")
 
 
 def test_a_step_of_a_split_context_draws_one_ticket(compiled):
-    found = {facts["case"]: facts for facts in compiled if facts["kernel"] == "_step_attention_kernel"}
+    found = {facts["case"]: facts for facts in compiled if facts["kernel"] == "step_attention_kernel"}
     assert [facts["atomics"] for facts in found.values()] == [1, 1, 0]
     assert all(facts["async_copies"] and facts["wide_loads"] and not facts["tf32"] for facts in found.values())
     assert [bool(facts["tensor_core"]) for facts in found.values()] == [False, True, True]
@@ -109,8 +112,14 @@ def test_a_matrix_is_read_sixteen_bytes_at_a_time(compiled):
 
 def test_a_forwards_products_and_attention_read_ahead_for_the_tensor_cores(compiled):
     found = [facts for facts in compiled if facts["kernel"] in ("_linear_kernel", "_attention_kernel")]
-    assert len(found) == 7
+    assert len(found) == 8
     assert all(facts["tensor_core"] and facts["async_copies"] and not facts["tf32"] for facts in found)
+
+
+def test_a_prompts_products_are_fed_by_the_accelerator(compiled):
+    found = [facts for facts in compiled if facts["case"] == "prompts"]
+    assert len(found) == 3
+    assert all(facts["tensor_core"] and facts["accelerated"] and not facts["tf32"] for facts in found)
 
 
 def test_a_few_rows_are_read_ahead_and_go_through_the_tensor_cores(compiled):
