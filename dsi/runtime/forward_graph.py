@@ -130,6 +130,7 @@ class Inputs:
         self.count = 0
         # the latest call's results are copied: the next may come on another stream
         self._done = torch.cuda.Event()
+        self._stream: Any = None
         self._probe = capture(self.tell, device, pool)[0] if self.told else None
         self.count_anew()
 
@@ -151,8 +152,12 @@ class Inputs:
 
     def fill(self, given: Mapping[str, Any]) -> None:
         """Copy a call's arguments in."""
-        torch.cuda.current_stream(self.device).wait_event(self._done)
-        if self.flat:
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream:
+            stream.wait_event(self._done)
+        if len(self.flat) == 1:
+            self.flat[0].copy_(*tensors(given))
+        elif self.flat:
             torch._foreach_copy_(self.flat, tensors(given))
 
     def look(self) -> None:
@@ -163,7 +168,8 @@ class Inputs:
 
     def done(self) -> None:
         """The call's results are copied out."""
-        self._done.record(torch.cuda.current_stream(self.device))
+        self._stream = torch.cuda.current_stream(self.device)
+        self._done.record(self._stream)
 
     def flags(self) -> Flags:
         """What the device found in the arguments that were filled in last; waits for it."""
