@@ -156,7 +156,7 @@ class Inputs:
         if stream != self._stream:
             stream.wait_event(self._done)
         if len(self.flat) == 1:
-            self.flat[0].copy_(*tensors(given))
+            self.flat[0].copy_(tensors(given)[0])
         elif self.flat:
             torch._foreach_copy_(self.flat, tensors(given))
 
