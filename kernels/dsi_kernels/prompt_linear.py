@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dsi_kernels._launch import Launch, Launches, kind_of
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import TensorDescriptor, tl, triton
 from dsi_kernels.activations import check_kind
 from dsi_kernels.epilogue import finish
@@ -90,9 +91,10 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.const
 def _prompt_linear_kernel(
     x_desc, w_desc, y_desc, b_ptr, r_ptr, M, N, K,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N]; W [N, K], gated [2 N, K]."""
+    begin(PDL)
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -238,7 +240,7 @@ def prompt_linear(
     """
     wanted = (*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
     settings = None if config is None else tuple(config.items())
-    key = (kind, gated, settings, kind_of(x, weight, bias, residual))
+    key = (kind, gated, settings, SWITCH.get(), kind_of(x, weight, bias, residual))
 
     def make() -> tuple[Launch, Mapping[str, int]]:
         if kind or gated:
@@ -250,8 +252,9 @@ def prompt_linear(
         K, N = x.shape[-1], wanted[-1]
         M = x.numel() // K
         grid = (triton.cdiv(M, sizes["block_m"]) * triton.cdiv(N, sizes["block_n"]),)
-        fixed = (M, N, K, kind, gated, *_blocks(sizes))
-        return Launch(_prompt_linear_kernel, grid, fixed, {"num_warps": sizes["num_warps"]}), sizes
+        options = {"num_warps": sizes["num_warps"], **launch_options(x.device)}
+        fixed = (M, N, K, kind, gated, *_blocks(sizes), options.pop("PDL"))
+        return Launch(_prompt_linear_kernel, grid, fixed, options), sizes
 
     launch, sizes = _LAUNCHES.get(key, make)
     y = torch.empty(wanted, dtype=x.dtype, device=x.device) if out is None else out
