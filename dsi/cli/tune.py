@@ -15,6 +15,9 @@ def _arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rows", type=int, nargs="+", choices=(1, 2, 4, 8, 16, 32), default=[1, 8], help="batch sizes (default: 1 8)"
     )
+    command.add_argument(
+        "--budget", type=float, help="seconds after which attention to no longer context is begun (default: none)"
+    )
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> Answer:
     """
     import torch
 
+    from dsi.attention_tuning import heads_of, tune_attentions
     from dsi.tuning import products_of, require_device, tune_all, write
     from dsi_kernels.tuned import user_folder
 
@@ -36,10 +40,12 @@ def run(args: argparse.Namespace) -> Answer:
         raise ConfigError([f"tune: the model is {plan.dtype_after}; give --dtype bfloat16 or float16"])
     device = torch.cuda.get_device_name()
     with torch.no_grad():
-        found = list(tune_all(products_of(plan, model), tuple(args.rows), plan.dtype_after))
+        rows = tuple(args.rows)
+        found = list(tune_all(products_of(plan, model), rows, plan.dtype_after))
+        found += tune_attentions(heads_of(plan), rows, plan.dtype_after, budget=args.budget)
     files = [str(path) for path in write(found, user_folder(), device)]
-    rows: list[Any] = [["op", "shape", "us", "cuBLAS", "settings"]]
-    rows += [[one.op, one.shape, f"{one.time:.2f}", f"{one.library:.2f}", str(one.settings)] for one in found]
+    lines: list[Any] = [["op", "shape", "us", "cuBLAS", "settings"]]
+    lines += [[one.op, one.shape, f"{one.time:.2f}", _known(one.library), str(one.settings)] for one in found]
     data = {
         "device": device,
         "files": files,
@@ -48,7 +54,11 @@ def run(args: argparse.Namespace) -> Answer:
             for one in found
         ],
     }
-    return Answer(text="\n".join([device, columns(rows), *(f"written: {path}" for path in files)]), data=data)
+    return Answer(text="\n".join([device, columns(lines), *(f"written: {path}" for path in files)]), data=data)
+
+
+def _known(time: float | None) -> str:
+    return "" if time is None else f"{time:.2f}"
 
 
 COMMAND = Command(name="tune", help="measure a model's launch settings on this device", run=run, arguments=_arguments)

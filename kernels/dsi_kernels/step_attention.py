@@ -59,10 +59,12 @@ from dsi_kernels.positions import position_stride
 from dsi_kernels.tuned import device_facts, launch_config
 
 __all__ = [
-    "HeadNorm", "StepAlibi", "StepRope", "count_splits", "step_attention", "step_attention_reference",
+    "HeadNorm", "StepAlibi", "StepRope", "count_splits", "settings_key", "step_attention", "step_attention_reference",
 ]  # fmt: skip
 
 LOG2E = math.log2(math.e)
+# what settings are kept for, each up to that many: rows of a batch, positions attended to
+ROWS, REACHES = (1, 8, 32), (256, 1024, 8192, 32768)
 # fp32 elements that each warp of the merging program adds up at a time
 MERGE_TILE = 2048
 
@@ -146,13 +148,21 @@ def step_attention(
     return _launch(qkv, k_cache, v_cache, start, stride, heads, kv_heads, rope, norm, mask, alibi, options)
 
 
+def settings_key(head_dim: int, group: int, itemsize: int, rows: int, reach: int) -> str:
+    """The shape under which the tuned table has the settings for so many rows and positions attended to at most."""
+    most = next((one for one in ROWS if rows <= one), ROWS[-1])
+    far = next((one for one in REACHES if reach <= one), REACHES[-1])
+    return f"head_dim={head_dim},group={group},bytes={itemsize},rows={most},reach={far}"
+
+
 def _settings(
-    qkv: Tensor, head_dim: int, group: int, config: Mapping[str, int] | None
+    qkv: Tensor, head_dim: int, group: int, reach: int, config: Mapping[str, int] | None
 ) -> tuple[Mapping[str, int], int]:
     """(launch settings, multiprocessors)."""
     name, sms = device_facts(qkv.device)
     if config is None:
-        config = launch_config("step_attention", f"head_dim={head_dim},group={group},bytes={qkv.element_size()}", name)
+        key = settings_key(head_dim, group, qkv.element_size(), qkv.shape[0], reach)
+        config = launch_config("step_attention", key, name)
     return config, sms
 
 
@@ -229,12 +239,12 @@ def _launch(
     options: dict[str, Any],
 ) -> Tensor:
     (B, cache_heads, capacity, head_dim), group = k_cache.shape, heads // kv_heads
-    config, sms = _settings(qkv, head_dim, group, options["config"])
     width = capacity if mask is None else min(capacity, mask.shape[3])
     window, cap, ring = options["window"], options["softcap"], options["ring"]
     # what is scanned at most: of a ring, every slot
     reach = capacity if ring else width if window is None else min(width, window)
     reach = min(reach, start + 1) if isinstance(start, int) else reach
+    config, sms = _settings(qkv, head_dim, group, reach, options["config"])
     limits = {key: config[key] for key in ("min_split", "programs_per_sm")}
     splits = count_splits(B * kv_heads, reach, sms, **limits)
 
