@@ -11,7 +11,7 @@ from dsi.runtime import prompt_graph, prompt_start
 from dsi.runtime.forward import Forward
 from dsi.runtime.prompt_graph import bucket
 from dsi.runtime.prompt_pass import PromptPass
-from tests.runtime.test_graph_steps import GREEDY, Nothing, Pair, graphs, llama  # noqa: F401
+from tests.runtime.test_graph_steps import GREEDY, Nothing, Pair, graphs, llama, windowed  # noqa: F401
 from tests.support.models import CAUSAL, inputs_for, tiny
 
 BIASED = "the scores have position biases"
@@ -87,6 +87,17 @@ def test_positions_that_are_given_are_those_of_their_rows():
     given["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12]])
     pair.check(given)
     assert pair.ours._dsi.last_prompt.own
+
+
+def test_a_prompt_beyond_a_window_takes_the_models_own_forward(prompts):
+    """Its mask is the model's to make; within the window there is no more to mask than the causal order."""
+    pair = windowed()
+    for turn, length in enumerate((8, 7, 9, 13, 8)):
+        given = {name: x.clamp(max=66) for name, x in inputs_for("llama", 2, length, seed=turn).items()}
+        pair.check(given)
+        assert pair.ours._dsi.last_prompt.own is (length <= 8)
+        if length > 8:
+            assert pair.ours._dsi.last_prompt.reason == "the prompt is longer than a layer's window"
 
 
 def padded(pair: Pair) -> dict[str, Any]:
@@ -192,6 +203,26 @@ def test_a_returned_cache_is_never_written_to_again(prompts):
     for turn in range(3):
         pair.check(inputs_for("llama", 1, 12, seed=turn))
     assert all(torch.equal(one, layer.keys) for one, layer in zip(kept, found.past_key_values.layers, strict=True))
+
+
+def test_another_cache_gets_another_graph(prompts):
+    pair = llama()
+    for turn in range(3):
+        pair.check(inputs_for("llama", 1, 9, seed=turn))
+    # the kept one is gone, and its graph is not
+    pair.ours._dsi.graphs._caches.clear()
+    pair.check(inputs_for("llama", 1, 9, seed=5))
+    assert pair.ours._dsi.last_prompt.graph
+    assert len(prompts) == 2
+
+
+def test_positions_that_are_given_have_no_graph(prompts):
+    pair = llama()
+    for turn in range(3):
+        given = inputs_for("llama", 1, 6, seed=turn) | {"position_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])}
+        pair.check(given)
+        assert pair.ours._dsi.last_prompt.reason == "positions are given"
+    assert not prompts
 
 
 def test_other_weights_get_other_graphs(prompts):
