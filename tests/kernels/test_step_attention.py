@@ -10,7 +10,7 @@ from tests.kernels.tolerance import DTYPES, ULP, assert_close
 
 MODULE = sys.modules["dsi_kernels.step_attention"]
 # several tiles a split, and several splits, out of few tokens
-SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 16, "programs_per_sm": 4, "dot_group": 2}
+SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 32, "programs_per_sm": 4, "dot_group": 2}
 # without tl.dot
 ROWS = {**SMALL, "dot_group": 99}
 
