@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.errors import DsiError
+from dsi.policy import Norm
 
 if TYPE_CHECKING:
-    from dsi.planner import Plan, SlotPlan
+    from dsi.planner import BlockPlan, Plan
 
 Settings = dict[str, int]
 
@@ -31,24 +32,21 @@ RING_BYTES = 320 << 20
 # relative to the reference, in the norm; a few roundings of bf16 among thousands of products are far below
 TOLERANCE = 1e-2
 
-# above so many programs a multiprocessor a program takes several tiles: never, of the products of a step
-ALL = 1024
 MATVEC: tuple[Settings, ...] = tuple(
-    {"block_n": n, "block_k": k, "num_warps": warps, "programs_per_sm": programs}
-    for n, k, warps, programs in (
-        (2, 1024, 2, ALL), (4, 512, 2, ALL), (4, 1024, 4, ALL), (4, 1024, 2, ALL), (8, 512, 2, ALL), (8, 512, 4, ALL),
-        (8, 1024, 4, ALL), (2, 1024, 4, ALL), (2, 2048, 4, ALL), (4, 2048, 4, ALL), (4, 2048, 2, ALL),
-        (8, 2048, 8, ALL), (16, 2048, 8, ALL), (2, 2048, 4, 6), (4, 2048, 4, 4), (4, 2048, 2, 8), (8, 2048, 8, 2),
-        (2, 4096, 4, ALL), (4, 4096, 8, ALL), (8, 4096, 8, ALL), (4, 4096, 8, 2), (2, 8192, 8, ALL),
+    {"block_n": n, "block_k": k, "num_warps": warps}
+    for n, k, warps in (
+        (4, 512, 2), (8, 512, 4), (1, 1024, 4), (2, 1024, 2), (4, 1024, 4), (8, 1024, 4), (2, 2048, 2), (2, 2048, 4),
+        (2, 2048, 8), (4, 2048, 2), (4, 2048, 4), (4, 2048, 8), (8, 2048, 8), (16, 2048, 8), (2, 4096, 4),
+        (4, 4096, 4), (4, 4096, 8), (8, 4096, 8), (1, 8192, 8),
     )
 )  # fmt: skip
 SKINNY: tuple[Settings, ...] = tuple(
     {"block_n": n, "block_k": k, "splits": splits, "stages": stages, "num_warps": 4, "dependent": dependent}
     for n, k, splits, stages in (
-        (64, 128, 1, 4), (64, 128, 1, 3), (64, 64, 1, 6), (64, 64, 1, 5), (32, 64, 1, 6), (32, 128, 1, 3),
-        (128, 64, 1, 4), (64, 128, 2, 4), (64, 128, 4, 3), (64, 64, 2, 6), (32, 128, 2, 4), (128, 64, 4, 4),
+        (64, 128, 1, 4), (64, 128, 1, 3), (64, 64, 1, 6), (64, 64, 1, 5), (32, 128, 1, 3), (128, 64, 1, 4),
+        (64, 128, 2, 4), (64, 128, 4, 3), (64, 64, 2, 6), (32, 128, 2, 4),
     )
-    for dependent in (1, 2, 3)
+    for dependent in (1, 2)
 )  # fmt: skip
 
 
@@ -77,21 +75,26 @@ class Found:
 
 def products_of(plan: Plan, model: nn.Module) -> tuple[Product, ...]:
     """The products of a model's decode step, each once: its layers' matrices and the head's."""
-    found = {
-        Product(rows=slot.shape[0], columns=slot.shape[1], gated=slot.place == "gate_up", norm=_norm(slot)): None
-        for block in plan.blocks
-        for slot in block.slots
-        if len(slot.shape) == 2
-    }
+    found: dict[Product, None] = {}
+    for block in plan.blocks:
+        for slot in block.slots:
+            if len(slot.shape) == 2:
+                rows, columns = slot.shape
+                norm = _norm(block, slot.place)
+                found[Product(rows=rows, columns=columns, gated=slot.place == "gate_up", norm=norm)] = None
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
-        found[Product(rows=head.weight.shape[0], columns=head.weight.shape[1], norm="rms")] = None
+        # the last norm is as the layers'
+        kinds = [kind for block in plan.blocks if (kind := _norm(block, "qkv"))]
+        found[Product(rows=head.weight.shape[0], columns=head.weight.shape[1], norm=kinds[0] if kinds else "")] = None
     return tuple(found)
 
 
-def _norm(slot: SlotPlan) -> str:
-    """The norm before a layer's product; which one of the two matters little."""
-    return "rms" if slot.place in ("qkv", "up", "gate_up") else ""
+def _norm(block: BlockPlan, place: str) -> str:
+    """The norm before a layer's product, "" for none."""
+    before = {"qkv": "norm_attn", "up": "norm_mlp", "gate_up": "norm_mlp"}
+    norm = block.block.slots.get(before.get(place, ""))
+    return norm.kind if isinstance(norm, Norm) else ""
 
 
 def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
@@ -101,7 +104,7 @@ def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
         DsiError: there is no CUDA device.
     """
     require_device()
-    from dsi_kernels.matvec import MAX_ROWS
+    from dsi_kernels.matvec import MAX_ROWS, shape_key
     from dsi_kernels.matvec import matvec as one
     from dsi_kernels.skinny import skinny as few
 
@@ -116,15 +119,13 @@ def tune(product: Product, rows: int, dtype: torch.dtype) -> Found | None:
     time, best = min(timed, key=lambda pair: pair[0])
     if op == "skinny":
         best = {**best, "library": 1 if time < library else 2}
-    shape = f"rows={rows},n={product.rows},k={product.columns},bytes={dtype.itemsize}"
+    shape = shape_key(rows, product.rows, product.columns, dtype.itemsize, product.norm if op == "matvec" else "")
     return Found(op=op, shape=shape, settings=best, time=time, library=library)
 
 
 def fits(settings: Settings, product: Product) -> bool:
     """Whether a candidate is another one than those with smaller tiles: a tile is no wider than twice the columns."""
-    several = settings.get("programs_per_sm", ALL) < ALL
-    whole = settings["block_k"] >= product.columns
-    return settings["block_k"] < 2 * product.columns and (whole or not several)
+    return settings["block_k"] < 2 * product.columns
 
 
 def require_device() -> None:

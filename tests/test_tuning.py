@@ -47,7 +47,6 @@ def test_every_candidate_is_a_setting_that_files_may_have(op: str, candidates: A
 def test_a_candidate_fits_where_it_is_not_another_one_over() -> None:
     product = Product(rows=64, columns=1600)
     assert [n for n in (512, 2048, 4096) if tuning.fits({"block_k": n}, product)] == [512, 2048]
-    assert [n for n in (512, 2048, 4096) if tuning.fits({"block_k": n, "programs_per_sm": 4}, product)] == [2048]
 
 
 def found(shape: str, **settings: int) -> Found:

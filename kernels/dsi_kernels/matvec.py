@@ -6,9 +6,9 @@
 
 A token reads every weight once: N * K * itemsize bytes, memory bound; all else is small. A program owns BLOCK_N rows of
 W and walks along K, reading one tile of weights and of the row ahead of its products; each thread adds those up by
-itself in fp32 until the end, so that the loop holds loads and multiply-adds alone. Where a row is one tile, a program
-may own several times BLOCK_N rows: the row is taken once then. The first tile is on its way before the row is there;
-launched dependently, before the kernel that makes the row has ended.
+itself in fp32 until the end, so that the loop holds loads and multiply-adds alone. The first tile, the only one where
+BLOCK_K holds a row, is on its way before the row is there; launched dependently, before the kernel that makes the row
+has ended. Several tiles of rows a program, with the row taken once, were no faster (H200).
 
 The norm of x is taken anew by every program, out of the L2 cache: cheaper than a launch. Of rms the scale is a factor
 of the whole row, so it multiplies the sum, and the mean square is found along the way; a pass of its own before the
@@ -203,17 +203,14 @@ def _figures(x_ptr, K, eps, NORM: tl.constexpr, BLOCK_ROW: tl.constexpr):
 @triton.jit
 def _by_rows(
     x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
-    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, SERIES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row is one tile: it is taken once, and then the program's tiles of the matrix, one after the other."""
+    """A row is one tile."""
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    stride = tl.num_programs(0) * BLOCK_N
-    # the first weights are on their way before the row is there
+    # the weights are on their way before the row is there
     w, w_up = _weights(w_ptr, n, k, N, K, GATED)
-    g, c, next_w, next_up = _tile(g_ptr, k, K), _tile(c_ptr, k, K), w, w_up
-    if SERIES:
-        next_w, next_up = _weights(w_ptr, n + stride, k, N, K, GATED)
+    g, c = _tile(g_ptr, k, K), _tile(c_ptr, k, K)
     if PDL:
         wait()
     y, scale = _whole_row(x_ptr, k, K, eps, g, c, g_ptr, c_ptr, NORM)
@@ -221,12 +218,6 @@ def _by_rows(
     if TWO:
         y2, scale2 = _whole_row(x_ptr + K, k, K, eps, g, c, g_ptr, c_ptr, NORM)
     _whole_tile(w, w_up, y, scale, y2, scale2, b_ptr, r_ptr, out_ptr, n, N, NORM, KIND, GATED, TWO, FOLD)
-    if SERIES:
-        for n0 in tl.range(tl.program_id(0) * BLOCK_N + stride, N, stride, num_stages=1):
-            n = n0 + tl.arange(0, BLOCK_N)
-            w, w_up = next_w, next_up
-            next_w, next_up = _weights(w_ptr, n + stride, k, N, K, GATED)
-            _whole_tile(w, w_up, y, scale, y2, scale2, b_ptr, r_ptr, out_ptr, n, N, NORM, KIND, GATED, TWO, FOLD)
 
 
 @triton.jit
@@ -274,16 +265,15 @@ def _by_tiles(
 def _matvec_kernel(
     x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps,
     NORM: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, TWO: tl.constexpr, WHOLE: tl.constexpr,
-    SERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         launch_dependents()
     eps = tl.cast(eps, tl.float32)
     if WHOLE:
         _by_rows(
-            x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps, NORM, KIND, GATED, TWO, SERIES, BLOCK_N,
-            BLOCK_K, FOLD, PDL,
+            x_ptr, w_ptr, b_ptr, g_ptr, c_ptr, r_ptr, out_ptr, N, K, eps, NORM, KIND, GATED, TWO, BLOCK_N, BLOCK_K,
+            FOLD, PDL,
         )  # fmt: skip
     else:
         _by_tiles(
@@ -318,6 +308,11 @@ def _check_shapes(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | Non
         raise ValueError(f"matvec: residual has shape {tuple(residual.shape)}; {wanted} is needed")
 
 
+def shape_key(rows: int, width: int, columns: int, itemsize: int, norm: str = "") -> str:
+    """What a product's settings are kept under: a layer norm, which goes over the row first, has its own."""
+    return f"rows={rows},n={width},k={columns},bytes={itemsize}" + (",layer" if norm == "layer" else "")
+
+
 def matvec(
     x: Tensor,
     weight: Tensor,
@@ -344,8 +339,7 @@ def matvec(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k, num_warps and programs_per_sm, above which a program takes several tiles of a matrix
-            whose columns are one, in the place of the tuned ones.
+        config: block_n, block_k and num_warps in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -364,17 +358,13 @@ def matvec(
     rows, K = x.shape
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
-    name, sms = device_facts(x.device)
-    shape = f"rows={rows},n={weight.shape[0]},k={K},bytes={x.element_size()}"
-    sizes = launch_config("matvec", shape, name) if config is None else config
+    key = shape_key(rows, weight.shape[0], K, x.element_size(), norm)
+    sizes = launch_config("matvec", key, device_facts(x.device)[0]) if config is None else config
     block_k = min(sizes["block_k"], triton.next_power_of_2(K))
-    tiles, whole = triton.cdiv(N, sizes["block_n"]), block_k >= K
-    programs = min(tiles, sms * sizes["programs_per_sm"]) if whole else tiles
     with torch.cuda.device_of(x):
-        _matvec_kernel[(programs,)](
+        _matvec_kernel[(triton.cdiv(N, sizes["block_n"]),)](
             x, weight, bias, norm_weight if norm else None, norm_bias if norm == "layer" else None, residual, out, N, K,
-            eps, NORM=norm, KIND=kind, GATED=gated,
-            TWO=rows == 2, WHOLE=whole, SERIES=programs < tiles, BLOCK_N=sizes["block_n"],
+            eps, NORM=norm, KIND=kind, GATED=gated, TWO=rows == 2, WHOLE=block_k >= K, BLOCK_N=sizes["block_n"],
             BLOCK_K=block_k, BLOCK_ROW=triton.next_power_of_2(K), FOLD=min(16 // x.element_size(), block_k),
             num_warps=sizes["num_warps"], **launch_options(x.device),
         )  # fmt: skip

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
+from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.activations import activate_reference, check_kind
 from dsi_kernels.epilogue import finish
@@ -121,10 +121,9 @@ def _leave(part_ptr, part, rows, N, h, up, at, kept, GATED: tl.constexpr):
 def _skinny_kernel(
     x_ptr, w_ptr, b_ptr, r_ptr, out_ptr, part_ptr, rows, N, K, steps,
     KIND: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        launch_dependents()
+    begin(PDL)
     # int64 before a stride multiplies: a head of 256k x 16k passes 2**31 elements
     part, n = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = part * steps * BLOCK_K
@@ -132,15 +131,6 @@ def _skinny_kernel(
     b = tl.arange(0, BLOCK_B)
     w_rows, x_rows = w_ptr + (n.to(tl.int64) * K)[:, None], x_ptr + (b * K)[None, :]
     h, up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32), tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    k = first + tl.arange(0, BLOCK_K)
-    if PEEL:
-        # on its way before x is there
-        w, w_up = _weights(w_rows, n, k, N, K, GATED)
-    if PDL:
-        wait()
-    if PEEL:
-        h, up = _multiply_tile(h, up, w, w_up, _rows(x_rows, k, b, rows, K), GATED)
-        first += BLOCK_K
     for k0 in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)
         w, w_up = _weights(w_rows, n, k, N, K, GATED)
@@ -237,8 +227,8 @@ def skinny(
         kind: an activation of `dsi_kernels.KINDS`, or "" for none; a gate has one.
         gated: activation(gate) * up.
         residual: [B, N], added last; or None.
-        config: block_n, block_k, splits, stages, num_warps and dependent (where the switch is on, 2: it begins while
-            the kernel before ends; 3: and loads its first tile then) in the place of the tuned ones.
+        config: block_n, block_k, splits, stages, num_warps and dependent (2: it begins while the kernel before ends,
+            where the switch is on) in the place of the tuned ones.
 
     Returns:
         [B, N] in x's dtype. Inputs are not modified.
@@ -276,12 +266,12 @@ def _multiply(
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     parts, steps = _parts(x, config)
     # beginning early cost 1 to 2 of 28 to 47 us where K is one part (H200, 12288 and 22016 x 4096, 4 to 16 rows)
-    own = launch_options(x.device) if config["dependent"] > 1 else {"PDL": False}
+    own = launch_options(x.device) if config["dependent"] == 2 else {"PDL": False}
     with torch.cuda.device_of(x):
         _skinny_kernel[(triton.cdiv(N, config["block_n"]), parts)](
             x, weight, bias, residual, out, partial, rows, N, K, steps, SPLIT=partial is not None, KIND=kind,
             GATED=gated, BLOCK_B=16 if rows <= 16 else 32, BLOCK_N=config["block_n"],
-            BLOCK_K=config["block_k"], STAGES=config["stages"], PEEL=config["dependent"] == 3,
+            BLOCK_K=config["block_k"], STAGES=config["stages"],
             num_warps=config["num_warps"], **own,
         )  # fmt: skip
 
