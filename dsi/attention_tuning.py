@@ -27,8 +27,14 @@ ROWS = (1, 8, 32)
 RING_BYTES, MOST_LAYERS = 320 << 20, 16
 # of one layer's cache: beyond it there is nothing to learn that a smaller one does not tell
 MOST_BYTES = 6 << 30
-# heads to a KV head that are computed without tl.dot, at most
-MOST_ROWS_GROUP = 4
+# (warps, bytes of a tile) for one query head to a KV head, and for several
+ONE_HEAD = (
+    (1, 4096), (1, 8192), (2, 4096), (2, 8192), (2, 16384), (4, 8192), (4, 16384), (4, 32768), (8, 32768), (8, 65536),
+)  # fmt: skip
+SOME_HEADS = (
+    (1, 4096), (1, 8192), (2, 4096), (2, 8192), (2, 16384), (4, 8192), (4, 16384), (4, 32768), (8, 16384), (8, 32768),
+    (8, 65536),
+)  # fmt: skip
 # rows * positions that the reference is computed for, scores and values in fp32
 MOST_CHECKED = 1 << 16
 
@@ -53,31 +59,35 @@ def heads_of(plan: Plan) -> tuple[Heads, ...]:
     return tuple(dict.fromkeys(Heads(**{name: one[name] for name in names}) for one in facts if set(names) <= set(one)))
 
 
-def candidates(heads: Heads, itemsize: int, reach: int) -> Iterator[Settings]:
-    """Tiles from 16 to 256 tokens, of at least two of a thread's sixteen bytes; short contexts in one tile a split."""
-    width = max(16, 1 << (heads.head_dim - 1).bit_length())
-    for tokens in (16, 32, 64, 128, 256):
-        for warps in (1, 2, 4, 8, 16):
-            parts = tokens * width * itemsize // (warps * 512)
-            one = {"tile_bytes": tokens * width * itemsize, "num_warps": warps}
-            if tokens <= reach and 2 <= parts <= (16 if heads.group == 1 else 8) and heads.group <= MOST_ROWS_GROUP:
-                yield from _split(one | {"dot_group": MOST_ROWS_GROUP + 1}, tokens, reach)
-            if heads.group > 1 and 32 <= tokens <= reach and warps in (4, 8):
-                yield from _split(one | {"dot_group": 2}, tokens, reach)
+def candidates(heads: Heads, itemsize: int, rows: int, reach: int) -> Iterator[Settings]:
+    """Tiles and warps, and how a context of up to `reach` positions is split among programs.
+
+    A program begins the sooner beside what still runs the smaller it is: most have one or two warps.
+    """
+    token = max(16, 1 << (heads.head_dim - 1).bit_length()) * itemsize
+    for warps, tile in ONE_HEAD if heads.group == 1 else SOME_HEADS:
+        one = {"tile_bytes": tile, "num_warps": warps, "stages": 2, "ahead": 1}
+        tokens = tile // token
+        if not 16 <= tokens <= min(reach, 256):
+            continue
+        if reach > 256:
+            yield from _spread(one, tokens)
+            continue
+        yield one | {"min_split": tokens, "programs_per_sm": 4}
+        if rows > 1 and tile <= 16384:
+            # the rows fill the device by themselves
+            yield one | {"min_split": reach, "programs_per_sm": 4}
+            yield one | {"min_split": reach, "programs_per_sm": 4, "stages": 3, "ahead": reach // tokens}
 
 
-def _split(one: Settings, tokens: int, reach: int) -> Iterator[Settings]:
-    """With the ways to split a context of `reach` positions."""
-    if reach <= 256:
-        yield one | {"stages": 2, "min_split": tokens, "programs_per_sm": 4}
-        if tokens <= 64:
-            yield one | {"stages": 2, "min_split": 1024, "programs_per_sm": 4}
-        return
-    for programs in (1, 2, 4, 8):
-        for stages in (2, 3, 4):
-            # the bytes of K and V that a multiprocessor has on the way
-            if 48 << 10 <= 2 * one["tile_bytes"] * stages * programs <= 224 << 10:
-                yield one | {"stages": stages, "min_split": max(tokens, 64), "programs_per_sm": programs}
+def _spread(one: Settings, tokens: int) -> Iterator[Settings]:
+    """Over programs that have 64 KiB of tiles or more on a multiprocessor, in one go or two."""
+    programs = (32 << 10) // one["tile_bytes"]
+    if programs:
+        split = one | {"min_split": max(64, tokens), "programs_per_sm": programs}
+        yield split
+        yield split | {"ahead": 4}
+        yield split | {"programs_per_sm": max(1, programs // 2), "stages": 3, "ahead": 4}
 
 
 class Layers:
@@ -158,7 +168,7 @@ def tune_attention(heads: Heads, rows: int, reach: int, dtype: torch.dtype) -> F
     layers, timed = Layers(heads, rows, reach, dtype), []
     qkv = _product(layers.x, layers.weights[0][0])
     wanted = layers.reference(qkv).float() if rows * FILLED[reach] <= MOST_CHECKED else None
-    every = list(candidates(heads, dtype.itemsize, reach))
+    every = list(candidates(heads, dtype.itemsize, rows, reach))
     with dependent_launches(True):
         compile_ahead(lambda: [_attempt(layers, qkv, one) for one in every], qkv.device)
         before = graph_time(layers.bare, layers.count)

@@ -30,18 +30,17 @@ def test_a_models_heads_are_its_layers() -> None:
     assert heads_of(plan) == (Heads(heads=given[0], kv_heads=given[1], head_dim=given[2]),)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("reach", FILLED)
 @pytest.mark.parametrize("heads", MODELS, ids=str)
-def test_candidates_are_settings_that_files_may_have(heads: Heads, reach: int, tmp_path: Path) -> None:
+def test_candidates_are_settings_that_files_may_have(heads: Heads, reach: int, rows: int, tmp_path: Path) -> None:
     known = frozenset(read_settings(FOLDER / "step_attention" / "default.json")["*"])
-    every = list(candidates(heads, 2, reach))
-    assert 8 <= len(every) <= 60
+    every = list(candidates(heads, 2, rows, reach))
+    assert 8 <= len(every) <= 36
     assert len({tuple(sorted(one.items())) for one in every}) == len(every)
     assert all(set(one) == known for one in every)
     (path := tmp_path / "all.json").write_text(json.dumps({str(n): one for n, one in enumerate(every)}))
     assert len(read_settings(path, known)) == len(every)
-    with_dot = {heads.group >= one["dot_group"] for one in every}
-    assert with_dot == ({False} if heads.group == 1 else {True} if heads.group > 4 else {False, True})
 
 
 def test_settings_are_kept_for_what_is_measured() -> None:

@@ -263,6 +263,31 @@ def _leave(
 
 
 @triton.jit
+def _ask_ahead(
+    k_ptr, v_ptr, lo, hi, k_t, v_t,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The tiles of K and V before the AHEAD-th, but the first, to the L2 cache; nothing waits for them."""
+    SIZE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+    # a line of 128 bytes a request
+    LINES: tl.constexpr = BLOCK_D * SIZE // 128 if BLOCK_D * SIZE > 128 else 1
+    d = tl.minimum(tl.arange(0, LINES) * (128 // SIZE), HEAD_DIM - 1)[None, :]
+    for tile in tl.static_range(1, AHEAD):
+        if lo + tile * BLOCK_T < hi:
+            t = tl.minimum(lo + tile * BLOCK_T + tl.arange(0, BLOCK_T), hi - 1).to(tl.int64)[:, None]
+            _request(k_ptr + t * k_t + d)
+            _request(v_ptr + t * v_t + d)
+
+
+@triton.jit
+def _request(at):
+    """The lines that addresses are in, to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _wait(PDL: tl.constexpr):
     if PDL:
         wait()
@@ -314,12 +339,18 @@ def _about(
 
 
 @triton.jit
-def _turn(at_ptr, b, AT_STRIDE: tl.constexpr):
-    """The row of the rotary tables."""
-    at = b * 0
-    if at_ptr is not None:
-        at = tl.load(at_ptr + b * AT_STRIDE)
-    return at
+def _terms(
+    cos_ptr, sin_ptr, at_ptr, b, cos_b, cos_t, sin_b, sin_t, d, AT_STRIDE: tl.constexpr, ROTARY: tl.constexpr
+):  # fmt: skip
+    """(cos, sin) of the new token's position."""
+    cos, sin = 1.0, 0.0
+    if ROTARY > 0:
+        at = b * 0
+        if at_ptr is not None:
+            at = tl.load(at_ptr + b * AT_STRIDE)
+        cos = tl.load(cos_ptr + b * cos_b + at * cos_t + d, mask=d < ROTARY, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * sin_b + at * sin_t + d, mask=d < ROTARY, other=0.0).to(tl.float32)
+    return cos, sin
 
 
 @triton.jit
@@ -346,7 +377,7 @@ def step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogue
     ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
     DOT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     HEADS: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, LONG: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _open(PDL)
     ALIBI: tl.constexpr = slopes_ptr is not None
@@ -375,16 +406,14 @@ def step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogue
     k, v, at, live = _tile(
         k_ptr, v_ptr, mask_ptr, lo, r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING, DOT
     )
+    if PDL and LONG:
+        _ask_ahead(k_ptr, v_ptr, lo, hi, k_t, v_t, HEAD_DIM, BLOCK_D, BLOCK_T, AHEAD)
     slope, new_bias, seen = _about(
         still.to(tl.int64) + place, head, fresh, mask_ptr, slopes_ptr, places_ptr, h * group, group, width, mask_t,
         alibi_scale, ROUND, DTYPE, SCALED, ALIBI, BLOCK_G, DOT,
     )  # fmt: skip
     wide = still[:, :, :, None]
-    cos, sin = 1.0, 0.0
-    if ROTARY > 0:
-        turn = _turn(at_ptr, b, AT_STRIDE)
-        cos = tl.load(cos_ptr + b * cos_b + turn * cos_t + (wide + d), mask=d < ROTARY, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + b * sin_b + turn * sin_t + (wide + d), mask=d < ROTARY, other=0.0).to(tl.float32)
+    cos, sin = _terms(cos_ptr, sin_ptr, at_ptr, b, cos_b, cos_t, sin_b, sin_t, wide + d, AT_STRIDE, ROTARY)
     _wait(PDL)
 
     row_ptr = qkv_ptr + b * qkv_b
