@@ -95,6 +95,8 @@ def _prompt_linear_kernel(
 ):  # fmt: skip
     """y [M, N]; W [N, K], gated [2 N, K]."""
     begin(PDL)
+    # without it the assembler keeps a way around the loop, and has every product of tiles wait for the one before
+    tl.assume(K > 0)
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -151,6 +153,7 @@ def _prompt_qkv_kernel(
     """q [B, S, heads, HEAD_DIM], keys and values at start .. start + S of the cache; W [N, K], N whole heads."""
     SLOTS: tl.constexpr = BLOCK_N // HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
+    tl.assume(K > 0)
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
