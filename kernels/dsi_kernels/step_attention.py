@@ -68,7 +68,7 @@ LOG2E = math.log2(math.e)
 # what settings are kept for, each up to that many: rows of a batch, positions attended to
 ROWS, REACHES = (1, 8, 32), (256, 1024, 8192, 32768)
 # fp32 elements that each warp of the merging program adds up at a time
-MERGE_TILE = 2048
+MERGE_TILE = 4096
 
 
 def count_splits(programs: int, width: int, sms: int, *, min_split: int, programs_per_sm: int) -> int:

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import dsi_kernels as dk
 from dsi_kernels import operands
+from dsi_kernels.skinny import skinny_norm
 from dsi_kernels.step_attention import HeadNorm, StepAlibi, StepRope
 
 HOPPER = SimpleNamespace(
@@ -66,7 +67,12 @@ def matvecs(case, half):
     dk.matvec(vector, matrix, norm="rms", norm_weight=gamma)
     dk.matvec(vector, matrix, norm="rms", norm_weight=gamma, kind="silu", gated=True)
     dk.matvec(vector, matrix, gamma[:64], residual=torch.zeros(1, 64, dtype=half))
-    dk.matvec(vector.expand(2, -1).contiguous(), matrix, norm="layer", norm_weight=gamma, norm_bias=gamma, kind="gelu")
+    pair, layer = vector.expand(2, -1).contiguous(), {"norm": "layer", "norm_weight": gamma, "norm_bias": gamma}
+    dk.matvec(pair, matrix, **layer, kind="gelu")
+    for columns in (2048, 1600):
+        whole = {"block_n": 4, "block_k": 2048, "num_warps": 4}
+        layer = {"norm": "layer", "norm_weight": gamma[:columns], "norm_bias": gamma[:columns]}
+        dk.matvec(pair[:, :columns].contiguous(), matrix[:, :columns].contiguous(), **layer, config=whole)
 
 
 def steps(case, half):
@@ -85,6 +91,7 @@ def steps(case, half):
     given |= {"norm": HeadNorm("layer", *[weight] * 4), "rope": rope._replace(pairs=True)}
     places = torch.zeros(1, 1024, dtype=torch.int64)
     given |= {"mask": mask, "softcap": 30.0, "alibi": StepAlibi(torch.zeros(8), places, "bfloat16", 0.5)}
+    cache = cache[:, :, :64]
     dk.step_attention(qkv, cache, cache, torch.tensor(5), 8, 2, window=64, ring=True, **given)
 
 
@@ -134,6 +141,7 @@ def few_rows(case, half):
         x = torch.zeros(rows, 2048, dtype=half)
         dk.skinny(x, matrix, residual=x[:, :256].contiguous(), config=config)
         dk.skinny(x, matrix, kind="silu", gated=True, config=config)
+        skinny_norm(x, matrix, None, x[:, :256].contiguous(), "rms", matrix[0, :256], None, 1e-6, config=config)
 
 
 def launch_all(case):  # noqa: PLR0915 - one call after the other

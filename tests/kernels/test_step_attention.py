@@ -37,7 +37,8 @@ class Case:
 
     def check(self, atol=None, **options):
         """The kernel does what the reference does; returns its output."""
-        found, wanted = self.run(**options), self.run(step_attention_reference, **options)
+        found = self.run(**options)
+        wanted = self.run(step_attention_reference, **{name: x for name, x in options.items() if name != "config"})
         dtype = self.qkv.dtype
         atol = atol or (4e-6 if dtype is torch.float32 else ULP[dtype])
         for one, other in zip(found, wanted, strict=True):
@@ -252,6 +253,16 @@ def test_same_input_same_output_and_tickets_are_given_back(heads, device):
         assert not tickets.any()
     one = {**SMALL, "min_split": 1024}
     assert_close(case.run(config=one)[0], first, ULP[torch.float16])
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_splits_are_added_up_a_few_at_a_time(heads, device, monkeypatch):
+    case = Case(device, heads=heads)
+    many = {**SMALL, "min_split": 16}
+    at_once = case.run(config=many)[0]
+    monkeypatch.setattr(MODULE, "MERGE_TILE", 1)
+    assert_close(case.run(config=many)[0], at_once, 1e-6)
+    case.check(config=many)
 
 
 def test_whoever_draws_the_last_ticket_merges(device, monkeypatch):
