@@ -9,11 +9,11 @@ swapped: rows of W where they want many (M), rows of x, padded to 16 or 32, wher
 BLOCK_N rows of W, and one of `splits` parts of K where N alone does not fill the device; parts are left in fp32 and a
 second kernel adds them up in their order. No atomics: same input, same output.
 
-The norm before it is a launch of its own (`rms_norm`, `layer_norm`), 1.6 us at 8 x 4096: in the product's loop, where x
-passes through registers then, it cost 5 to 9 of 28 us; `skinny_norm` takes the norm after it with the sum of the parts
-(H200). So was a K cut among the warps of a program, which needs no sum: 12.5 and 25.9 us where parts with their sum
-took 11.6 and 26.6 (4096 x 4096 and x 11008, 8 rows). Bringing the first tiles into the L2 cache before x is there cost
-1 to 2 us.
+The norm before it is a launch of its own (`rms_norm`, `layer_norm`), 1.6 us at 8 x 4096; `skinny_norm` takes the norm
+after it with the sum of the parts, for no launch at all. What was slower (H200, 8 rows): the norm in the product's
+loop, where x then passes through registers, 5 to 9 of 28 us; K cut among the warps of a program, with no parts to add
+up, 12.5 and 25.9 us for 11.6 and 26.6 (4096 x 4096 and x 11008); lines of the first tiles brought into the L2 cache, or
+the first tile into registers, before x is there, 0 to 2 us.
 
 Casting: the normalised row is rounded to the dtype, as the layers do; products and sums are in fp32, one rounding at
 the end.

@@ -67,12 +67,12 @@ def matvecs(case, half):
     dk.matvec(vector, matrix, norm="rms", norm_weight=gamma)
     dk.matvec(vector, matrix, norm="rms", norm_weight=gamma, kind="silu", gated=True)
     dk.matvec(vector, matrix, gamma[:64], residual=torch.zeros(1, 64, dtype=half))
-    pair, layer = vector.expand(2, -1).contiguous(), {"norm": "layer", "norm_weight": gamma, "norm_bias": gamma}
-    dk.matvec(pair, matrix, **layer, kind="gelu")
-    for columns in (2048, 1600):
-        whole = {"block_n": 4, "block_k": 2048, "num_warps": 4}
+    pair = vector.expand(2, -1).contiguous()
+    # in tiles, and with a row in one
+    for columns, block in ((2048, 1024), (2048, 2048), (1600, 2048)):
+        config = {"block_n": 4, "block_k": block, "num_warps": 4}
         layer = {"norm": "layer", "norm_weight": gamma[:columns], "norm_bias": gamma[:columns]}
-        dk.matvec(pair[:, :columns].contiguous(), matrix[:, :columns].contiguous(), **layer, config=whole)
+        dk.matvec(pair[:, :columns].contiguous(), matrix[:, :columns].contiguous(), **layer, kind="gelu", config=config)
 
 
 def steps(case, half):
