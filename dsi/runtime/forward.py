@@ -56,7 +56,7 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).forward.__get__(self.model))
+        return _signature(type(self.model).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the class's forward returns.
@@ -232,6 +232,13 @@ def _elsewhere(given: Mapping[str, Any], device: torch.device) -> str | None:
         if isinstance(value, Tensor) and value.device != device:
             return f"argument {name} is on {value.device}"
     return None
+
+
+@functools.cache
+def _signature(forward: Any) -> inspect.Signature:
+    """Of a class's forward, bound to an instance; transformers asks for it five times a text."""
+    found = inspect.signature(forward)
+    return found.replace(parameters=list(found.parameters.values())[1:])
 
 
 @functools.cache

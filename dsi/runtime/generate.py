@@ -98,8 +98,9 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
         InputError: prompt and new tokens are more than the context.
     """
     session = session_of(model)
-    stock = inspect.signature(type(model)._prepare_cache_for_generation)
-    bound = stock.bind(model, generation_config, model_kwargs, *args, **kwargs)
+    bound = _signature(type(model)._prepare_cache_for_generation).bind(
+        model, generation_config, model_kwargs, *args, **kwargs
+    )
     total = int(bound.arguments["max_cache_length"]) + 1
     prompt = session.prompt or Prompt(rows=1, length=0)
     if not model.config.is_encoder_decoder:
@@ -171,6 +172,11 @@ def _by_name(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwarg
     if twice := given.keys() & kwargs.keys():
         raise TypeError(f"generate() got multiple values for argument {min(twice)!r}")
     return {**given, **kwargs}
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 @functools.cache

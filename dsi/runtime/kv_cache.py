@@ -98,20 +98,24 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             # no memory behind it: only the shape is read
             new = like.new_empty(()).expand(batch, shape.kv_heads, length, shape.head_dim)
-            self.lazy_initialization(new, new)
+            self._begin(new, new)
         start = self._make_room(batch, length)
         self._show()
         return start, self._key_buffer, self._value_buffer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers for tensors such as these, empty; those of before a `reset()` where they fit."""
+        self._begin(key_states, value_states)
+        self._show()
+
+    def _begin(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As `lazy_initialization`; whoever calls shows what there is."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._length = 0
         if self._sealed() or not (_alike(self._key_buffer, key_states) and _alike(self._value_buffer, value_states)):
             capacity = max(self.first_capacity, key_states.shape[2])
             self._set_buffers(empty_as(key_states, capacity), empty_as(value_states, capacity))
         self.is_initialized = True
-        self._show()
 
     def visible(self) -> tuple[Tensor, Tensor]:
         """What the position that was last appended sees, itself included: all keys and values."""
