@@ -69,6 +69,10 @@ def test_short_caches_come_first_and_a_budget_ends(monkeypatch: pytest.MonkeyPat
     # a case takes a second: the third is begun at two, the fourth is not
     assert len(list(tune_attentions(**every, budget=2.5, clock=iter(range(99)).__next__))) == 1
     assert tuned == [(256, 1), (256, 8)]
+    # rows are those that settings are kept for, each once
+    tuned.clear()
+    list(tune_attentions(**every | {"rows": (1, 2, 4, 8), "reaches": (1024,)}))
+    assert tuned == [(1024, 1), (1024, 8)]
     # a cache that is longer than the memory that is worth it
     tuned.clear()
     list(tune_attentions(**every | {"rows": (32,)}))
