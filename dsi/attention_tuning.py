@@ -75,9 +75,17 @@ def candidates(heads: Heads, itemsize: int, rows: int, reach: int) -> Iterator[S
             continue
         yield one | {"min_split": tokens, "programs_per_sm": 4}
         if rows > 1 and tile <= 16384:
-            # the rows fill the device by themselves
-            yield one | {"min_split": reach, "programs_per_sm": 4}
-            yield one | {"min_split": reach, "programs_per_sm": 4, "stages": 3, "ahead": reach // tokens}
+            yield from _whole(one, tokens, reach)
+
+
+def _whole(one: Settings, tokens: int, reach: int) -> Iterator[Settings]:
+    """A context in one program or two, as rows fill the device by themselves; tiles asked for at once, or as they come."""
+    whole = one | {"min_split": reach, "programs_per_sm": 4}
+    yield whole
+    yield whole | {"stages": 3, "ahead": reach // tokens}
+    if one["tile_bytes"] <= 8192:
+        yield whole | {"stages": 4, "ahead": reach // tokens}
+        yield whole | {"stages": 3, "ahead": max(2, reach // tokens // 2), "min_split": reach // 2}
 
 
 def _spread(one: Settings, tokens: int) -> Iterator[Settings]:

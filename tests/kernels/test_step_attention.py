@@ -10,7 +10,7 @@ from tests.kernels.tolerance import DTYPES, ULP, assert_close
 
 MODULE = sys.modules["dsi_kernels.step_attention"]
 # several tiles a split, and several splits, out of few tokens
-SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 32, "programs_per_sm": 4, "ahead": 3}
+SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 48, "programs_per_sm": 4, "ahead": 3}
 
 
 class Case:
