@@ -79,7 +79,7 @@ def candidates(heads: Heads, itemsize: int, rows: int, reach: int) -> Iterator[S
 
 
 def _whole(one: Settings, tokens: int, reach: int) -> Iterator[Settings]:
-    """A context in one program or two, as rows fill the device by themselves; tiles asked for at once, or as they come."""
+    """A context in one program or two, as rows fill the device; its tiles asked for at once, or as they come."""
     whole = one | {"min_split": reach, "programs_per_sm": 4}
     yield whole
     yield whole | {"stages": 3, "ahead": reach // tokens}
