@@ -32,7 +32,6 @@ MATRICES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "gate": ((11008, 4096), (8192, 2048)),
     "add": ((4096, 4096), (4096, 11008)),
     "activation": ((16384, 4096),),
-    "heads": ((12288, 4096),),
 }
 # rows, columns and terms of a tile, warps, stages
 BLOCKS: Mapping[str, tuple[tuple[int, int, int, int, int], ...]] = {
@@ -40,14 +39,11 @@ BLOCKS: Mapping[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "add": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 128, 64, 4, 5),
             (256, 128, 64, 8, 3)),
     "activation": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 5)),
-    "heads": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3),
-              (64, 128, 64, 4, 5)),
 }  # fmt: skip
 GROUPS = (8, 16)
 TURNS, LAUNCHES = 9, 3
 # ours has to win by so much to be worth a choice
 MARGIN = 0.99
-HEADS = 128
 
 Call = Callable[[Mapping[str, int] | None], Tensor]
 
@@ -76,15 +72,6 @@ def case(follows: str, tokens: int, N: int, K: int) -> Call:
             if config is None
             else dk.rms_norm(dk.prompt_linear(x, weight, residual=residual, config=config), gamma)
         )
-    heads = N // HEADS // 3
-    cos = torch.randn(1, tokens, HEADS, **options)
-    caches = torch.empty(2, 1, heads, tokens, HEADS, **options)
-    shape = (heads, heads, HEADS)
-    return lambda config: (
-        dk.rope_kv_write(F.linear(x, weight), cos, cos, *caches, 0, *shape)
-        if config is None
-        else dk.prompt_qkv(x, weight, None, cos, cos, *caches, 0, *shape, config=config)
-    )
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

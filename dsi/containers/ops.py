@@ -277,12 +277,6 @@ class AtenOps:
         q, k, v = qk[:, :, : shape.heads], qk[:, :, shape.heads :], split[:, :, turning:]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def project_into(
-        self, linear: Any, x: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`split_into` of linear(x), in one product; None, and nothing computed, where that takes several."""
-        return None
-
     def split_into(
         self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
     ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -157,8 +157,6 @@ class TransformerLayer(Container):
         places: dict[str, Any] = self._modules
         ops, norms, linear = self.ops, self.head_norms, places["qkv"]
         kv = self._open_layer(call.cache) if self.repeat == 1 else None
-        if kv is not None and (found := ops.project_into(linear, normed, self.shape, call.rope, norms, kv)) is not None:
-            return found
         qkv = ops.project(linear, normed)
         if kv is not None and (found := ops.split_into(qkv, self.shape, call.rope, norms, kv)) is not None:
             return found

@@ -15,7 +15,7 @@ from dsi.containers.launches import IN_GRAPH, PLANS, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.packing import Packing
-from dsi.containers.triton_prompt import prompt_product, whole_heads
+from dsi.containers.triton_prompt import prompt_product
 from dsi.containers.triton_step import TritonStepOps
 
 # values of the setting `choice` of dsi_kernels.attention: its kernel, and torch's backends
@@ -133,20 +133,6 @@ class TritonOps(TritonStepOps):
         q = dsi_kernels.rope_kv_write(qkv, rope.cos, rope.sin, k, v, 0, *shape)
         return q, k, v
 
-    def project_into(
-        self, linear: Any, x: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if norms is not None or torch_wins(x) or (config := prompt_product(linear, x, "heads")) is None:
-            return None
-        if not whole_heads(shape, rope, config["block_n"]):
-            return None
-        import dsi_kernels
-
-        start, k, v = kv.reserve(x.shape[0], shape, x.shape[1], x)
-        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        q = dsi_kernels.prompt_qkv(x, linear.weight, linear.bias, cos, sin, k, v, start, *shape, config=config)
-        return q, *kv.visible()
-
     def split_into(
         self, qkv: Tensor, shape: Heads, rope: Rope | None, norms: HeadNorms, kv: Any
     ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -225,7 +211,6 @@ class TritonLayerOps(TritonOps):
     name = "triton, attention aten"
 
     split = AtenOps.split
-    project_into = AtenOps.project_into
     split_into = AtenOps.split_into
     append = AtenOps.append
     attend = AtenOps.attend

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from dsi.containers.linear import FusedLinear
-from dsi.containers.ops import Heads, Rope
 
 
 def prompt_product(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:
@@ -17,7 +16,7 @@ def prompt_product(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | 
     Args:
         linear: its weight is x's right factor, transposed.
         x: [B, S, K]; a step's rows, two dimensions, have kernels of their own.
-        follows: "nothing", "activation", "gate", "add" or "heads".
+        follows: "nothing", "activation", "gate" or "add".
     """
     # a rank's part of a layer has a class of its own
     if x.dim() < 3 or type(linear) is not FusedLinear or linear.form != "aten" or not x.numel():
@@ -28,10 +27,3 @@ def prompt_product(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | 
         return None
     config = prompt_config(x, linear.weight, follows)
     return config if config["choice"] == OWN else None
-
-
-def whole_heads(shape: Heads, rope: Rope | None, columns: int) -> bool:
-    """Whether a tile of so many columns holds whole heads, turned as `dsi_kernels.prompt_qkv` turns them."""
-    width = shape.head_dim
-    fits = width & (width - 1) == 0 and 16 <= width <= columns
-    return fits and (rope is None or (not rope.pairs and rope.cos.shape[-1] == width))

@@ -30,7 +30,7 @@ PART = 1 / 8
 LONGEST = 12.0
 # how much longer than the host a forward of up to so many milliseconds may take to be the host's matter; beyond, it was
 # a compiler's
-WAITING, COMPILING = 1.1, 30.0
+WAITING, COMPILING = 1.1, 100.0
 
 
 class NoGraph(Exception):

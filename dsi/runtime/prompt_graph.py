@@ -32,7 +32,7 @@ KEPT, REMEMBERED = 8, 256
 ROWS, MOST = 32, 2048
 # how much longer than the host a prompt of up to so many milliseconds may take to have waited for it; beyond, something
 # was compiled
-WAITING, COMPILING = 1.15, 30.0
+WAITING, COMPILING = 1.15, 100.0
 # the least bucket, and how many there are between two powers of two
 LEAST, STEPS = 16, 8
 

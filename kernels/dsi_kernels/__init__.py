@@ -19,7 +19,7 @@ from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.linear_fused import linear_fused, linear_fused_reference
 from dsi_kernels.linear_norm import linear_norm, linear_norm_reference
 from dsi_kernels.matvec import matvec, matvec_reference
-from dsi_kernels.prompt_linear import prompt_linear, prompt_linear_reference, prompt_qkv, prompt_qkv_reference
+from dsi_kernels.prompt_linear import prompt_linear, prompt_linear_reference
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
@@ -61,8 +61,6 @@ __all__ = [
     "matvec_reference",
     "prompt_linear",
     "prompt_linear_reference",
-    "prompt_qkv",
-    "prompt_qkv_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope_kv_write",

@@ -35,8 +35,7 @@ TUNED_LAUNCHES = {
 # and of 16 bits, where the accelerator's products are the fastest
 HALF = 2e-3
 ACCELERATED = {
-    "llama, accelerated": {"prompt_linear", "prompt_qkv", "rms_norm"},
-    # its heads of 8 are less than a tile's
+    "llama, accelerated": {"prompt_linear", "rope_kv_write", "rms_norm"},
     "opt, accelerated": {"prompt_linear", "rope_kv_write", "layer_norm"},
 }
 

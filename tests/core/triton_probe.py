@@ -33,7 +33,6 @@ OPS = (
     "linear_fused",
     "linear_norm",
     "prompt_linear",
-    "prompt_qkv",
     "rms_norm",
     "rope_kv_write",
 )

@@ -118,7 +118,7 @@ def forwards(case, half):
 
 
 def prompts(case, half):
-    """Products that the memory accelerator feeds: plain, gated, and of whole heads."""
+    """Products that the memory accelerator feeds, plain and gated."""
     case("prompts")
     blocks = {"block_m": 128, "block_n": 128, "block_k": 64, "group_m": 8, "num_warps": 8, "stages": 3}
     x, weight, bias = (
@@ -128,8 +128,6 @@ def prompts(case, half):
     )
     dk.prompt_linear(x, weight, bias, residual=x, config=blocks)
     dk.prompt_linear(x, weight, kind="silu", gated=True, config=blocks)
-    cos, cache = torch.zeros(1, 256, 128, dtype=half), torch.zeros(1, 1, 512, 128, dtype=half)
-    dk.prompt_qkv(x, weight, None, cos, cos, cache, cache, 0, 2, 1, 128, config=blocks)
 
 
 def few_rows(case, half):
