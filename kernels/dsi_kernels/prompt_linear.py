@@ -76,7 +76,8 @@ def _prompt_linear_kernel(
 ):  # fmt: skip
     """y [M, N]; W [N, K], gated [2 N, K]."""
     begin(PDL)
-    # without it the assembler keeps a way around the loop, and has every product of tiles wait for the one before
+    # without it the assembler of Triton 3.6 keeps a way around the loop, and has every product of tiles wait for the
+    # one before: 700 us for 523 (gate and up of 2 x 11008 rows, M = 2048, H200)
     tl.assume(K > 0)
     m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -24,23 +21,11 @@ from dsi_kernels import operands
 from dsi_kernels.skinny import skinny_norm
 from dsi_kernels.step_attention import HeadNorm, StepAlibi, StepRope
 
-# kernels whose tiles the memory accelerator feeds, and of which the assembler's code is looked at
-FED = ("_prompt_linear_kernel",)
 HOPPER = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
     get_current_device=lambda: 0,
     get_current_stream=lambda device=None: 0,
 )
-
-
-def products_that_wait(kernel):
-    """How many times the machine's code waits for all products of tiles that are under way."""
-    reader = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        code = subprocess.run([reader, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code))
 
 
 def compile_only(report):
@@ -59,7 +44,6 @@ def compile_only(report):
             warps=kernel.metadata.num_warps,
             async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
             accelerated=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
-            waiting_products=products_that_wait(kernel) if self.__name__ in FED else 0,
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
             wide_loads=len(re.findall(r"ld\.global\S*\.v4", ptx)),
