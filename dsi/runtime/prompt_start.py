@@ -74,6 +74,8 @@ class PromptStart:
         if self._placed:
             return "positions are given"
         if not self.runner.static_rope:
+            return "the rotary terms depend on the text's length"
+        if not self.runner.static_rope:
             return "the rotary terms depend on the prompt's length, which the graph's is not"
         known = self.runner.learned_positions
         if known is not None and bucket(ids.shape[1]) > known:

@@ -216,6 +216,16 @@ def test_another_cache_gets_another_graph(prompts):
     assert len(prompts) == 2
 
 
+def test_terms_that_depend_on_the_texts_length_have_no_graph(prompts):
+    """A bucket is longer than its text."""
+    pair = Pair(tiny("llama_dynamic"))
+    for turn, length in enumerate((9, 10, 17, 18, 9)):
+        pair.check(inputs_for("llama_dynamic", 1, length, seed=turn))
+        assert pair.ours._dsi.last_prompt.own
+        assert pair.ours._dsi.last_prompt.reason == "the rotary terms depend on the text's length"
+    assert not prompts
+
+
 def test_positions_that_are_given_have_no_graph(prompts):
     pair = llama()
     for turn in range(3):
