@@ -72,7 +72,8 @@ def test_a_row_far_from_zero_keeps_its_digits(at, value, config, device):
     exact = {name: t.double() for name, t in given.items()}
     y = torch.nn.functional.layer_norm(exact["x"], (512,), exact["norm_weight"], exact["norm_bias"], 1e-6)
     found = matvec(**given, norm="layer", config=config)
-    assert_close(found, (y @ exact["weight"].T).float(), 3e-5)
+    # the mean is rounded to a unit of 300; squares of the whole would miss by a hundred times as much
+    torch.testing.assert_close(found, (y @ exact["weight"].T).float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
