@@ -29,7 +29,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts_are_stocks(family: str) -> None:
     pair, order, ways = Pair(family), random.Random(0), set()
     for turn in range(8):
-        pair.check(pair.inputs(1 + turn % 2, order.randint(1, 30), seed=turn), max_new_tokens=order.randint(4, 9))
+        pair.check(pair.inputs(1 + turn % 2, order.randint(1, 20), seed=turn), max_new_tokens=order.randint(4, 9))
         route = pair.ours._dsi.last_prompt
         ways.add((route.own, route.graph, route.reason))
     assert any(own for own, _, _ in ways) or ways == {(False, False, "the scores have position biases")}
