@@ -22,13 +22,18 @@ PLANS: ContextVar[bool] = ContextVar("dsi_plans", default=True)
 
 
 @contextmanager
-def graph_kernels() -> Iterator[None]:
-    """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free."""
+def graph_kernels(*, dependent: bool = DEPENDENT) -> Iterator[None]:
+    """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free.
+
+    Args:
+        dependent: kernels may begin while those before them end; not where they are launched without a graph, for the
+            sake of the same bits.
+    """
     from dsi_kernels._pdl import dependent_launches
 
     before = IN_GRAPH.set(True)
     try:
-        with dependent_launches(DEPENDENT):
+        with dependent_launches(dependent):
             yield
     finally:
         IN_GRAPH.reset(before)

@@ -19,6 +19,7 @@ from dsi.runtime.fast_loop import fast_sample
 from dsi.runtime.graph_pool import GraphPool
 from dsi.runtime.kv_cache import RESERVE, PreallocatedCache
 from dsi.runtime.limits import Prompt, check_generation, check_positions, check_room
+from dsi.runtime.prompt_graph import bucket, too_large
 from dsi.runtime.route import choose_route
 from dsi.runtime.session import ATTRIBUTE, Route, Session, session_of
 from dsi.runtime.step_forward import StepForward, step_forward
@@ -118,6 +119,9 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
             times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             rows = int(bound.arguments["batch_size"]) * times
             returned = bool(generation_config.return_dict_in_generate)
+            if not too_large(rows, prompt.length):
+                # a graph of the prompt is as long as its bucket
+                needed = max(needed, bucket(prompt.length))
             session.own_cache = session.graphs.cache_in_place_of(made, rows, needed, returned=returned)
         else:
             session.own_cache = PreallocatedCache.of(made, needed)

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache
-from dsi.runtime.prompt_graph import PromptGraph, PromptGraphs, addresses_of
+from dsi.runtime.prompt_graph import BucketPrompt, PromptGraph, PromptGraphs, addresses_of
 from dsi.runtime.prompt_pass import PromptPass
 from dsi.runtime.sampling import noise_place, set_noise_place
 from dsi.runtime.step_graph import GraphKey, StepGraph
@@ -124,12 +124,14 @@ class GraphPool:
     ) -> PromptGraph | None:
         """A graph of a prompt that fills this cache, whose buffers it has already; None where capturing failed."""
         self._meet(model, runner)
-        reach = min(layer.capacity for layer in cache.layers)
+        return self.prompts.get(cache, rows, length, lambda: _pass(runner, cache), self._pool())
 
-        def made() -> PromptPass:
-            return PromptPass(runner.bind(reach), runner.containers())
-
-        return self.prompts.get(cache, rows, length, made, self._pool())
+    def plain_prompt(
+        self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, rows: int, length: int
+    ) -> BucketPrompt:
+        """What `prompt` would capture."""
+        self._meet(model, runner)
+        return self.prompts.plain(cache, rows, length, _pass(runner, cache))
 
     def _meet(self, model: nn.Module, runner: DecodeRunner) -> None:
         """Graphs that hold weights or parts that are no longer the model's go."""
@@ -205,6 +207,10 @@ def rounded(positions: int, rows: int = 1, *, grown: bool = False) -> int:
     halvings, share = (0, 8) if grown else ((rows - 1).bit_length(), 32)
     step = max(ROUNDED_TO >> halvings, min(ROUNDED_TO, LEAST), (1 << positions.bit_length() - 1) // share)
     return -(-positions // step) * step
+
+
+def _pass(runner: DecodeRunner, cache: PreallocatedCache) -> PromptPass:
+    return PromptPass(runner.bind(min(layer.capacity for layer in cache.layers)), runner.containers())
 
 
 def _bytes(cache: PreallocatedCache) -> int:

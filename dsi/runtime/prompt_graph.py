@@ -2,8 +2,11 @@
 
 A prompt is filled up to its bucket's length with ids that nobody sees: under a causal mask no position looks at those
 behind it, the last one's row is taken by its place, and the cache counts the prompt's positions alone, so that steps
-overwrite the rest. A graph writes to one cache's buffers and goes with them. The graphs of one model share the memory
-of what they hold between their products.
+overwrite the rest. Before there is a graph, and where none pays, such a prompt is the same launches over the same
+shapes: a call has the same bits the first time and later.
+
+A graph writes to one cache's buffers and goes with them. The graphs of one model share the memory of what they hold
+between their products.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsi.containers.launches import without_plans
+from dsi.containers.launches import graph_kernels, without_plans
 from dsi.containers.ops import Heads
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.forward_graph import capture
@@ -35,6 +38,11 @@ ROWS, MOST = 32, 2048
 WAITING, COMPILING = 1.15, 100.0
 # the least bucket, and how many there are between two powers of two
 LEAST, STEPS = 16, 8
+
+
+def too_large(rows: int, length: int) -> str:
+    """Why a prompt is never a graph, or ""."""
+    return f"more than {ROWS} rows, or {MOST} tokens" if rows > ROWS or rows * bucket(length) > MOST else ""
 
 
 def bucket(length: int) -> int:
@@ -103,43 +111,67 @@ class PromptInputs:
         return place.copy_(logits)
 
 
-class PromptGraph:
-    """A captured prompt.
+class BucketPrompt:
+    """A prompt of a bucket's length.
 
     Args:
         prompt: the model's parts, bound for as many positions as the cache has room for.
         cache: holds buffers of `rows` rows.
         rows, length: of the ids.
         inputs: of the model's graphs.
-        pool: of the allocator.
     """
 
     def __init__(
-        self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, inputs: PromptInputs, pool: Any
+        self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, inputs: PromptInputs
     ) -> None:
         self.inputs = inputs
         self.ids = inputs.ids[: rows * length].view(rows, length)
         self.positions = inputs.positions[:, :length]
         # the tables that the graph reads live as long as it
         self.prompt, self.cache = prompt, PromptCache(cache, length)
-        # the last place of a longer graph's text is none of this one's
-        inputs.last.zero_()
-        self.graph, self.logits = capture(self._run, inputs.device, pool)
+
+    def run(self, ids: Tensor) -> Tensor:
+        """As a graph's `replay`, launch by launch: the same kernels over the same shapes, so the same bits."""
+        self._give(ids)
+        with graph_kernels(dependent=False):
+            logits = self._run().clone()
+        self.inputs.done.record()
+        return logits
+
+    def _give(self, ids: Tensor) -> None:
+        inputs = self.inputs
+        torch.cuda.current_stream().wait_event(inputs.done)
+        self.ids[:, : ids.shape[1]].copy_(ids)
+        inputs.last.fill_(ids.shape[1] - 1)
 
     def _run(self) -> Tensor:
         # of a bucket of 512 cuDNN's attention saves 0.06 ms in all 32 layers of 7B, and its plan takes 48 (H200)
         with without_plans():
             return self.inputs.take(self.prompt.logits(self.ids, self.positions, self.cache, self.inputs.last))
 
+
+class PromptGraph(BucketPrompt):
+    """A captured one.
+
+    Args:
+        prompt, cache, rows, length, inputs: of `BucketPrompt`.
+        pool: of the allocator.
+    """
+
+    def __init__(
+        self, prompt: PromptPass, cache: PreallocatedCache, rows: int, length: int, inputs: PromptInputs, pool: Any
+    ) -> None:
+        super().__init__(prompt, cache, rows, length, inputs)
+        # the last place of a longer graph's text is none of this one's
+        inputs.last.zero_()
+        self.graph, self.logits = capture(self._run, inputs.device, pool)
+
     def replay(self, ids: Tensor) -> Tensor:
         """float32 logits [B, vocab] of a prompt, int64 [B, S]; its keys and values stand in the cache's buffers."""
-        inputs = self.inputs
-        torch.cuda.current_stream().wait_event(inputs.done)
-        self.ids[:, : ids.shape[1]].copy_(ids)
-        inputs.last.fill_(ids.shape[1] - 1)
+        self._give(ids)
         self.graph.replay()
         logits = self.logits.clone()
-        inputs.done.record()
+        self.inputs.done.record()
         return logits
 
 
@@ -183,12 +215,10 @@ class PromptGraphs:
         return watch
 
     def obstacle(self, rows: int, length: int) -> str:
-        """Why a prompt runs without a graph, or ""."""
+        """Why a prompt that could be a graph is none yet, or not any more; or ""."""
         key = rows, bucket(length)
-        if self.failure or rows > ROWS or rows * key[1] > MOST:
-            return self.failure or f"more than {ROWS} rows, or {MOST} tokens"
-        if key in self._graphs:
-            return ""
+        if self.failure or key in self._graphs:
+            return self.failure
         watch = self._watches.get(key)
         if watch is None:
             return "the first prompt of about this length"
@@ -217,14 +247,22 @@ class PromptGraphs:
     ) -> PromptGraph | None:
         device = cache.layers[0].buffers()[0].device
         try:
-            inputs = self._inputs = self._inputs or PromptInputs(device)
-            return PromptGraph(prompt(), cache, *key, inputs, pool)
+            return PromptGraph(prompt(), cache, *key, self._shared(device), pool)
         # whatever a capture, a compiler or a launcher raises: a prompt without a graph is right
         except Exception as error:  # noqa: BLE001
             end_failed_capture(device)
             self.failure = f"capturing a prompt failed: {error}"
             logger.warning("%s", self.failure)
             return None
+
+    def plain(self, cache: PreallocatedCache, rows: int, length: int, prompt: PromptPass) -> BucketPrompt:
+        """What a graph for this cache would be, without one."""
+        return BucketPrompt(prompt, cache, rows, bucket(length), self._shared(cache.layers[0].buffers()[0].device))
+
+    def _shared(self, device: torch.device) -> PromptInputs:
+        if self._inputs is None:
+            self._inputs = PromptInputs(device)
+        return self._inputs
 
     def writes_to(self, addresses: tuple[int, ...]) -> bool:
         """Whether a graph writes to the buffers at these addresses."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from dsi.containers.ops import Heads
 from dsi.runtime.decode import Step
-from dsi.runtime.prompt_graph import PromptGraph, bucket
+from dsi.runtime.prompt_graph import bucket, too_large
 from dsi.runtime.prompt_pass import PromptPass, PromptRoute, prompt_obstacle
 from dsi.runtime.session import Session
 
@@ -44,16 +43,11 @@ class PromptStart:
         if reason:
             session.last_prompt = PromptRoute(reason=reason)
             return None
-        reason = self._graph_obstacle(ids)
-        graph = None if reason else self._graph(ids)
-        if graph is not None:
-            session.last_prompt = PromptRoute(own=True, graph=True)
-            return graph.replay(ids)
-        pool = session.graphs
-        session.last_prompt = PromptRoute(own=True, reason=reason or "there is no graph for it")
-        with nullcontext() if pool is None else pool.prompts.watch(*ids.shape):
-            logits = PromptPass(self.step, self.runner.containers()).logits(ids, self._positions(), self.cache)
-        return logits.float()
+        reason = self._bucket_obstacle(ids)
+        if not reason and (logits := self._bucketed(ids)) is not None:
+            return logits
+        session.last_prompt = PromptRoute(own=True, reason=reason or "the cache has no room for a graph's length")
+        return PromptPass(self.step, self.runner.containers()).logits(ids, self._positions(), self.cache).float()
 
     def _positions(self) -> Tensor | None:
         """int64 [1 or B, S]."""
@@ -66,7 +60,8 @@ class PromptStart:
         """The caller says where the tokens stand."""
         return self.session.prompt is None or self.session.prompt.placed
 
-    def _graph_obstacle(self, ids: Tensor) -> str:
+    def _bucket_obstacle(self, ids: Tensor) -> str:
+        """Why the prompt is never a graph, or ""."""
         if self.session.graphs is None:
             return "no graphs are wanted"
         if not self.kept:
@@ -75,25 +70,29 @@ class PromptStart:
             return "positions are given"
         if not self.runner.static_rope:
             return "the rotary terms depend on the text's length"
-        if not self.runner.static_rope:
-            return "the rotary terms depend on the prompt's length, which the graph's is not"
         known = self.runner.learned_positions
         if known is not None and bucket(ids.shape[1]) > known:
             return "the graph would be longer than the positions that the model knows"
-        return self.session.graphs.prompts.obstacle(*ids.shape) or self.runner.graph_obstacle()
+        return too_large(*ids.shape) or self.runner.graph_obstacle()
 
-    def _graph(self, ids: Tensor) -> PromptGraph | None:
-        """The graph, the cache's layers told of the prompt; None, and nothing told, where there is none."""
-        pool, (rows, length), layers = self.session.graphs, ids.shape, self.runner.containers()
-        assert pool is not None
+    def _bucketed(self, ids: Tensor) -> Tensor | None:
+        """The logits, from a graph or from what it would launch; None, and nothing told, in too small a cache."""
+        session, (rows, length), layers = self.session, ids.shape, self.runner.containers()
+        assert session.graphs is not None
         like = torch.empty((), dtype=layers[0].dtype, device=ids.device)
         for container, layer in zip(layers, self.cache.layers, strict=True):
             heads, kv_heads, width = container.shape
             layer.reserve(rows, Heads(heads, kv_heads * container.repeat, width), length, like)
-        graph = None
-        if min(layer.capacity for layer in self.cache.layers) >= bucket(length):
-            graph = pool.prompt(self.runner.model, self.runner, self.cache, rows, length)
-        if graph is None:
+        if min(layer.capacity for layer in self.cache.layers) < bucket(length):
             for layer in self.cache.layers:
                 layer.crop(-length)
-        return graph
+            return None
+        pool, where = session.graphs, (self.runner.model, self.runner, self.cache, rows, length)
+        reason = pool.prompts.obstacle(rows, length)
+        graph = None if reason else pool.prompt(*where)
+        session.last_prompt = PromptRoute(own=True, graph=graph is not None, reason=reason or pool.prompts.failure)
+        if graph is not None:
+            return graph.replay(ids)
+        plain = pool.plain_prompt(*where)
+        with pool.prompts.watch(rows, length):
+            return plain.run(ids)

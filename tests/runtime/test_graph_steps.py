@@ -244,7 +244,7 @@ def test_no_memory_to_grow_is_told_and_the_engine_goes_on(monkeypatch):
         raise torch.OutOfMemoryError("9 GiB")
 
     monkeypatch.setattr(PreallocatedLayer, "_grow", fails)
-    with pytest.raises(dsi.CacheMemoryError, match="full at 10 positions, and there is no memory to grow: 9 GiB"):
+    with pytest.raises(dsi.CacheMemoryError, match="full at 16 positions, and there is no memory to grow: 9 GiB"):
         pair.ours.generate(**given, max_new_tokens=20, do_sample=False)
     monkeypatch.setattr(PreallocatedLayer, "_grow", grow)
     pair.check(given, max_new_tokens=20)

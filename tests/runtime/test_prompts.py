@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsi.containers import launches
 from dsi.runtime import prompt_graph, prompt_start
 from dsi.runtime.forward import Forward
 from dsi.runtime.prompt_graph import bucket
@@ -24,7 +25,8 @@ class Replayed:
         self.run, self.result = run, result
 
     def replay(self) -> None:
-        self.result.copy_(self.run())
+        with launches.graph_kernels():
+            self.result.copy_(self.run())
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def prompts(monkeypatch: Any) -> list[Replayed]:
     made: list[Replayed] = []
 
     def capture(run: Any, device: Any, pool: Any) -> tuple[Any, Any]:
-        with torch.no_grad():
+        with torch.no_grad(), launches.graph_kernels():
             made.append(Replayed(run, run()))
         return made[-1], made[-1].result
 
@@ -299,19 +301,19 @@ def test_a_prompt_of_too_many_rows_or_tokens_has_none(rows, tokens, prompts, mon
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 9), (2, 16)])
 def test_the_last_place_is_taken(rows, length, prompts, monkeypatch):
-    """Of a prompt with others behind it, the logits of its own last token."""
+    """Of a prompt with others behind it, the logits of its own last token; before there is a graph as from it."""
     pair = llama()
     seen = []
     logits = PromptPass.logits
 
     def watched(self: PromptPass, ids: Any, *args: Any) -> Any:
-        seen.append(ids.shape[1])
+        seen.append((ids.shape[1], launches.IN_GRAPH.get()))
         return logits(self, ids, *args)
 
     monkeypatch.setattr(prompt_start.PromptPass, "logits", watched)
     for turn in range(2):
         pair.check(inputs_for("llama", rows, length, seed=turn))
-    assert seen == [length, 16, 16]
+    assert seen == [(16, True)] * 3
 
 
 def test_rotary_terms_that_depend_on_the_length_are_of_the_prompts_own(prompts):
