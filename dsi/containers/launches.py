@@ -22,7 +22,7 @@ PLANS: ContextVar[bool] = ContextVar("dsi_plans", default=True)
 
 
 @contextmanager
-def graph_kernels(*, dependent: bool = DEPENDENT) -> Iterator[None]:
+def graph_kernels(*, dependent: bool = True) -> Iterator[None]:
     """In this context, and thread, what is launched goes into a CUDA graph, whose replay launches for free.
 
     Args:
@@ -33,7 +33,7 @@ def graph_kernels(*, dependent: bool = DEPENDENT) -> Iterator[None]:
 
     before = IN_GRAPH.set(True)
     try:
-        with dependent_launches(dependent):
+        with dependent_launches(DEPENDENT and dependent):
             yield
     finally:
         IN_GRAPH.reset(before)
