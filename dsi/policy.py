@@ -1,7 +1,7 @@
 """The public vocabulary of plugin authors: what a policy, a quantizer or a check is made of, and the hooks.
 
 Everything here is frozen data that names classes by string ("package.module:Class"), so that loading a plugin imports
-nothing heavy. This module imports attrs and pluggy alone.
+nothing heavy. This module imports attrs and pluggy alone. Past 500 lines: an author reads the vocabulary in one place.
 
     Policy                 one architecture family
     |-- Block              one layer class: its container, slots, facts and call convention
@@ -430,7 +430,7 @@ class Policy:
         models: language models that decode with these layers.
         context: the longest input, where positions are learned; None where any length runs.
         priority: among several applicable policies for one layer class the highest wins.
-        replaces: full names of policies that this one may outrank, e.g. ("llama:llama",).
+        replaces: full names of policies that this one may outrank, e.g. ("acme:decoder",).
     """
 
     name: str

@@ -14,9 +14,9 @@ class Names:
     """What a package calls things.
 
     Args:
-        plugin: the entry point's name, which users write before the colon, e.g. "qwen9".
-        distribution: what pip installs, e.g. "dsi-qwen9".
-        package: what Python imports, e.g. "dsi_qwen9".
+        plugin: the entry point's name, which users write before the colon, e.g. "acme".
+        distribution: what pip installs, e.g. "dsi-acme".
+        package: what Python imports, e.g. "dsi_acme".
     """
 
     plugin: str

@@ -372,20 +372,6 @@ class AtenOps:
             out = _even(out, mask, v)
         return out.transpose(1, 2).reshape(batch, length, heads * width)
 
-    def attend_normed(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        softcap: float | None,
-        out: Any,
-        residual: Tensor,
-        norm: NormOp,
-    ) -> Tensor:
-        """norm(out(attention) + residual), whose sum nobody needs; see `attend` and `project_normed`."""
-        return self.project_normed(out, self.attend(*qkv, mask, causal, scale, softcap), residual, norm)
-
     def packs(self, x: Tensor) -> bool:
         """Whether `attend_packed` runs where x is."""
         return x.device.type == "cpu"

@@ -137,10 +137,6 @@ class TransformerLayer(Container):
         ops, hidden = self.ops, call.hidden
         normed = ops.norm(places["norm_attn"], hidden) if self.pre_norm else hidden
         q, k, v = self._heads(normed, call)
-        if not self.pre_norm and call.packed is None:
-            given = (self._mask(call), call.causal, self.scale, self.softcap)
-            hidden = ops.attend_normed((q, k, v), *given, places["out"], hidden, places["norm_attn"])
-            return self._mlp_normed(hidden)
         if call.packed is not None:
             attended = ops.attend_packed(q, k, v, call.packed, self.scale)
         else:

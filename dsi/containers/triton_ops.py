@@ -172,28 +172,6 @@ class TritonOps(TritonStepOps):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
-    def attend_normed(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        softcap: float | None,
-        out: Any,
-        residual: Tensor,
-        norm: NormOp,
-    ) -> Tensor:
-        q, k, v = qkv
-        causal = causal and mask is None
-        fits = softcap is None and _whole(q, k, mask, causal) and _known(norm) and residual.is_contiguous()
-        config = _together(out, q) if fits else None
-        if config is None:
-            return super().attend_normed(qkv, mask, causal, scale, softcap, out, residual, norm)
-        import dsi_kernels
-
-        given = (q, k, v, out.weight, out.bias, residual, norm.kind, norm.weight, norm.bias, norm.eps, mask)
-        return dsi_kernels.attention_norm(*given, causal=causal, scale=scale, keep_sum=False, config=config)[0]
-
     def packs(self, x: Tensor) -> bool:
         return x.is_cuda
 
@@ -214,7 +192,6 @@ class TritonLayerOps(TritonOps):
     split_into = AtenOps.split_into
     append = AtenOps.append
     attend = AtenOps.attend
-    attend_normed = AtenOps.attend_normed
     decode = AtenOps.decode
     packs = AtenOps.packs
     attend_packed = AtenOps.attend_packed
@@ -236,17 +213,6 @@ def _fused(linear: Any, x: Tensor, follows: str) -> Mapping[str, int] | None:
 def _known(norm: NormOp) -> bool:
     """Whether our kernels know the norm."""
     return norm.kind == "layer" or (norm.weight is not None and not norm.offset)
-
-
-def _together(out: Any, q: Tensor) -> Mapping[str, int] | None:
-    """The settings of an attention that is projected where it is computed; None where two kernels are the faster."""
-    plain = type(out) is FusedLinear and out.form == "aten" and out.weight.dtype is q.dtype
-    if not plain or not q.numel() or not IN_GRAPH.get():
-        return None
-    from dsi_kernels.attention_norm import TOGETHER, attention_norm_config
-
-    config = attention_norm_config(q, out.weight.shape[0])
-    return config if config["choice"] == TOGETHER else None
 
 
 def _whole(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:

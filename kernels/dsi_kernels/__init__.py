@@ -9,7 +9,6 @@ from dsi_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dsi_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from dsi_kernels.ahead import compile_ahead
 from dsi_kernels.attention import attention, attention_reference
-from dsi_kernels.attention_norm import attention_norm, attention_norm_reference
 from dsi_kernels.bias_activation import bias_activation, bias_activation_reference
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
@@ -37,8 +36,6 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_reference",
     "attention",
-    "attention_norm",
-    "attention_norm_reference",
     "attention_reference",
     "bias_activation",
     "bias_activation_reference",

@@ -36,7 +36,20 @@ def greedy_token_reference(
     pad: Tensor | None = None,
 ) -> None:
     """What the kernels must do, in plain torch. The tests' oracle and the CPU path."""
-    chosen = logits.argmax(-1)
+    advance_state(logits.argmax(-1), tokens, history, positions, counters, finished, ends, pad)
+
+
+def advance_state(
+    chosen: Tensor,
+    tokens: Tensor,
+    history: Tensor,
+    positions: Tensor,
+    counters: Tensor,
+    finished: Tensor | None,
+    ends: Tensor | None,
+    pad: Tensor | None,
+) -> None:
+    """The state of the loop after the choice, int64 [B], however it was made."""
     if finished is not None and ends is not None and pad is not None:
         chosen = torch.where(finished, pad, chosen)
         finished |= (chosen[:, None] == ends).any(1)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate_reference, check_kind
-from dsi_kernels.epilogue import finish
+from dsi_kernels.activations import check_kind
+from dsi_kernels.epilogue import finish, finish_reference
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.tuned import device_facts, launch_config
 
@@ -51,14 +51,7 @@ def linear_fused_reference(
 ) -> Tensor:
     """What the kernel must compute, in plain torch. The tests' oracle and the CPU path."""
     h = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if gated:
-        gate, up = h.chunk(2, dim=-1)
-        h = activate_reference(gate, kind) * up
-    elif kind:
-        h = activate_reference(h, kind)
-    if residual is not None:
-        h = h + residual.float()
-    return h.to(x.dtype)
+    return finish_reference(h, kind, gated, residual, x.dtype)
 
 
 @triton.jit

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate_reference, check_kind
-from dsi_kernels.epilogue import finish
-from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
+from dsi_kernels.activations import check_kind
+from dsi_kernels.epilogue import check_rows_product, finish, finish_reference
+from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes
 from dsi_kernels.tuned import device_facts, launch_config
 
 MAX_ROWS = 2
@@ -60,14 +60,7 @@ def matvec_reference(
     elif norm == "layer":
         y = F.layer_norm(y, x.shape[-1:], _float(norm_weight), _float(norm_bias), eps)
     h = F.linear(y, weight.float(), _float(bias))
-    if gated:
-        gate, up = h.chunk(2, dim=-1)
-        h = activate_reference(gate, kind) * up
-    elif kind:
-        h = activate_reference(h, kind)
-    if residual is not None:
-        h = residual.float() + h
-    return h.to(x.dtype)
+    return finish_reference(h, kind, gated, residual, x.dtype)
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -294,18 +287,10 @@ def _check_options(x: Tensor, norm: str, norm_weight: Tensor | None, kind: str, 
 
 
 def _check_shapes(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, **vectors: Tensor | None) -> None:
-    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"matvec: {shapes(x=x, weight=weight)} must be [1 to {MAX_ROWS}, K] and [N, K]")
-    rows, (width, K) = x.shape[0], weight.shape
-    if gated and width % 2:
-        raise ValueError(f"matvec: a gated weight has rows for gate and for up; {width} are odd")
+    check_rows_product("matvec", MAX_ROWS, x, weight, vectors.pop("bias"), gated, residual)
     for name, t in vectors.items():
-        size = width if name == "bias" else K
-        if t is not None and t.shape != (size,):
-            raise ValueError(f"matvec: {name} has shape {tuple(t.shape)}; ({size},) is needed")
-    wanted = (rows, width // 2 if gated else width)
-    if residual is not None and residual.shape != wanted:
-        raise ValueError(f"matvec: residual has shape {tuple(residual.shape)}; {wanted} is needed")
+        if t is not None and t.shape != x.shape[1:]:
+            raise ValueError(f"matvec: {name} has shape {tuple(t.shape)}; ({x.shape[1]},) is needed")
 
 
 def shape_key(rows: int, width: int, columns: int, itemsize: int, norm: str = "") -> str:

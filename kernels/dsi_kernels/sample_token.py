@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.greedy_token import _advance_kernel, check_state
+from dsi_kernels.greedy_token import _advance_kernel, advance_state, check_state
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 
 # tokens of a program: the least, and the most, from which on there are more than so many programs
@@ -89,13 +89,7 @@ def sample_token_reference(
     chosen = (probabilities if noise is None else probabilities / noise).argmax(-1)
     if seen is not None:
         seen.scatter_(1, chosen[:, None], 1)
-    if finished is not None and ends is not None and pad is not None:
-        chosen = torch.where(finished, pad, chosen)
-        finished |= (chosen[:, None] == ends).any(1)
-    tokens.copy_(chosen[:, None])
-    history[:, int(counters[2])] = chosen
-    positions += 1
-    counters += 1
+    advance_state(chosen, tokens, history, positions, counters, finished, ends, pad)
 
 
 # --- numbers in order ---------------------------------------------------------------------------------------------
@@ -367,7 +361,7 @@ def sample_token(
     """Draw each row's next token and move the loop's state on; all but logits, noise and settings is written in place.
 
     Args:
-        logits: [B, V], B up to 64, V up to 262144, fp16, bf16 or fp32, contiguous.
+        logits: [B, V], B up to 256, V up to 262144, fp16, bf16 or fp32, contiguous.
         noise: float32 [B, V], exponentially distributed, or None for the most likely token.
         settings: float32 [6], of `sampling_settings`, read on the device.
         tokens, history, positions, counters, finished, ends, pad: of `greedy_token`.

@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate_reference, check_kind
-from dsi_kernels.epilogue import finish
+from dsi_kernels.activations import check_kind
+from dsi_kernels.epilogue import check_rows_product, finish, finish_reference
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.linear_norm import check_norm, sum_norm
-from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
+from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes
 from dsi_kernels.rms_norm import rms_norm, rms_norm_reference
 from dsi_kernels.tuned import device_facts, launch_config
 
@@ -63,14 +63,7 @@ def skinny_reference(
     elif norm == "layer":
         x = layer_norm_reference(x, norm_weight, norm_bias, eps)
     h = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if gated:
-        gate, up = h.chunk(2, dim=-1)
-        h = activate_reference(gate, kind) * up
-    elif kind:
-        h = activate_reference(h, kind)
-    if residual is not None:
-        h = residual.float() + h
-    return h.to(x.dtype)
+    return finish_reference(h, kind, gated, residual, x.dtype)
 
 
 @triton.jit
@@ -170,18 +163,9 @@ def _check_options(norm: str, norm_weight: Tensor | None, kind: str, gated: bool
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, residual: Tensor | None) -> None:
-    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS or weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: {shapes(x=x, weight=weight)} must be [1 to {MAX_ROWS}, K] and [N, K]")
+    check_rows_product(op, MAX_ROWS, x, weight, bias, gated, residual)
     if x.dtype not in HALVES:
         raise ValueError(f"{op}: x is {x.dtype}; float16 and bfloat16 will do")
-    rows, width = x.shape[0], weight.shape[0]
-    if gated and width % 2:
-        raise ValueError(f"{op}: a gated weight has rows for gate and for up; {width} are odd")
-    if bias is not None and bias.shape != (width,):
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; ({width},) is needed")
-    wanted = (rows, width // 2 if gated else width)
-    if residual is not None and residual.shape != wanted:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; {wanted} is needed")
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     check_dtypes(op, **operands)
     check_contiguous(op, **operands)

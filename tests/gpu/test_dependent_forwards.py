@@ -17,13 +17,12 @@ pytestmark = pytest.mark.gpu
 
 CALLS = 1000
 BLOCKS = {"block_m": 32, "block_n": 32, "block_k": 32, "group_m": 2, "num_warps": 4, "stages": 3, "choice": 2}
-WHOLE = {"block_s": 16, "block_t": 32, "block_n": 32, "num_warps": 4, "stages": 2, "choice": 2}
+WHOLE = {"block_s": 16, "block_t": 32, "num_warps": 4, "stages": 2, "choice": 2}
 
 
-@pytest.fixture(params=["apart", "together"])
-def ours(request: Any, monkeypatch: Any) -> None:
-    """The tables' answers: our products and attention, the projection by itself or where the attention is computed."""
-    together = WHOLE | {"choice": 1 + (request.param == "together")}
+@pytest.fixture
+def ours(monkeypatch: Any) -> None:
+    """The tables' answers: our products and attention."""
 
     def product(x: torch.Tensor, weight: torch.Tensor, follows: str) -> dict[str, int]:
         return BLOCKS | {"splits": 2 if follows == "norm" else 1}
@@ -31,7 +30,6 @@ def ours(request: Any, monkeypatch: Any) -> None:
     for op, name, answer in (
         ("linear_fused", "linear_config", product),
         ("attention", "attention_config", lambda *_, **__: WHOLE),
-        ("attention_norm", "attention_norm_config", lambda *_: together),
     ):
         # the package has the ops under their modules' names
         monkeypatch.setattr(importlib.import_module(f"dsi_kernels.{op}"), name, answer)

@@ -110,9 +110,6 @@ def forwards(case, half):
     q, k, v = (part.transpose(1, 2) for part in torch.zeros(2, 64, 4, 64, dtype=half).split((2, 1, 1), 2))
     dk.attention(q, k, v, config=blocks)
     dk.attention(q, k, v, torch.ones(2, 1, 64, 64, dtype=torch.bool), causal=True, config=blocks)
-    weight, residual = torch.zeros(256, 128, dtype=half), torch.zeros(2, 64, 256, dtype=half)
-    norm = (residual, "layer", bias, bias, 1e-5)
-    dk.attention_norm(q, k, v, weight, bias, *norm, config=blocks | {"block_n": 64})
     q, k, v = (part.transpose(1, 2)[0] for part in (q, k, v))
     dk.varlen_attention(q, k, v, torch.zeros(3, dtype=torch.int32), 64, causal=True, config=blocks)
 
