@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dsi_kernels._launch import Launch, Launches, kind_of
-from dsi_kernels._pdl import SWITCH, launch_dependents, launch_options, wait
+from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import tl, triton
 from dsi_kernels.operands import check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.tuned import device_facts, launch_config
@@ -106,59 +106,16 @@ def _reach(block, S, T, CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl
     return tl.minimum(full // BLOCK_T * BLOCK_T, hi), hi
 
 
-@triton.jit
-def _begin_early(w_ptr, width, N, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What can be done before the kernels before have ended, and their end: a head's columns of W come to the L2."""
-    launch_dependents()
-    if w_ptr is not None:
-        # elements of a cache line
-        line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        lines: tl.constexpr = (BLOCK_D + line - 1) // line
-        columns = tl.program_id(1) * HEAD_DIM + tl.minimum(tl.arange(0, lines) * line, HEAD_DIM - 1)
-        # the blocks of queries share the rows among them
-        for n0 in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
-            row = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64) * width
-            at = (w_ptr + row[:, None] + columns[None, :]).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-            )
-    wait()
-
-
-@triton.jit
-def _leave(
-    out, out_ptr, w_ptr, at, inside, width, N,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Stores a block of a head's output [BLOCK_S, BLOCK_D], or its product with the head's columns of W [N, width]."""
-    d = tl.arange(0, BLOCK_D)
-    if w_ptr is None:
-        tl.store(out_ptr + at[:, None] + d[None, :], out, mask=inside[:, None] & (d < HEAD_DIM)[None, :])
-    else:
-        w_ptr += tl.program_id(1) * HEAD_DIM + d[:, None]
-        for n0 in tl.range(0, N, BLOCK_N, num_stages=3):
-            n = n0 + tl.arange(0, BLOCK_N)
-            there = (d < HEAD_DIM)[:, None] & (n < N)[None, :]
-            w = tl.load(w_ptr + (n.to(tl.int64) * width)[None, :], mask=there, other=0.0)
-            part = tl.dot(out, w, input_precision="ieee")
-            tl.store(out_ptr + at[:, None] + n[None, :], part, mask=inside[:, None] & (n < N)[None, :])
-
-
 # what changes with every batch is no reason to compile again
 @triton.jit(do_not_specialize=["S", "T"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, starts_ptr, out_ptr, w_ptr, S, T, scale, group, N,
+    q_ptr, k_ptr, v_ptr, mask_ptr, starts_ptr, out_ptr, S, T, scale, group,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, mask_b, mask_s, mask_t, out_b, out_h, out_s,
     CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, S, heads, HEAD_DIM]; with starts_ptr the rows follow one another in one sequence of tokens.
-
-    With w_ptr each head's part of the output's product with W [N, heads * HEAD_DIM], out [heads, B, S, N], fp32.
-    """
-    width = tl.num_programs(1) * HEAD_DIM
-    if PDL:
-        _begin_early(w_ptr, width, N, HEAD_DIM, BLOCK_D, BLOCK_N)
+    """out [B, S, heads, HEAD_DIM]; with starts_ptr the rows follow one another in one sequence of tokens."""
+    begin(PDL)
     block, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if CAUSAL:
         # the blocks with the most keys begin first
@@ -193,7 +150,7 @@ def _attention_kernel(
 
     # nothing attended to: 0 / 1
     out = (acc / tl.where(z == 0.0, 1.0, z)[:, None]).to(q.dtype)
-    _leave(out, out_ptr, w_ptr, b * out_b + h * out_h + rows * out_s, s < S, width, N, HEAD_DIM, BLOCK_D, BLOCK_N)
+    tl.store(out_ptr + b * out_b + h * out_h + (rows * out_s)[:, None] + d[None, :], out, mask=inside)
 
 
 def attention_config(length: int, head_dim: int, *, causal: bool, masked: bool, like: Tensor) -> Mapping[str, int]:
@@ -239,12 +196,11 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
 
 def launch_of(
     q: Tensor, k: Tensor, mask: Tensor | None, grid: tuple[int, int, int], strides: tuple[int, ...], *,
-    causal: bool, scale: float | None, config: Mapping[str, int], columns: int = 0,
+    causal: bool, scale: float | None, config: Mapping[str, int],
 ) -> Launch:  # fmt: skip
-    """What is called with q, k, v, mask, starts, out, W, queries and keys.
+    """What is called with q, k, v, mask, starts, out, queries and keys.
 
-    grid: (longest row, heads, B); strides: of q, k and v by batch row, head and token, then out's; columns: of the
-    product with W, 0 where there is none.
+    grid: (longest row, heads, B); strides: of q, k and v by batch row, head and token, then out's.
     """
     longest, heads, B = grid
     head_dim, kv_heads = q.shape[-1], k.shape[1]
@@ -258,9 +214,9 @@ def launch_of(
     block_d = max(16, triton.next_power_of_2(head_dim))
     options = {"num_warps": config["num_warps"], **launch_options(q.device)}
     # block_s to stages in the kernel's order
-    blocks = (block_s, config["block_t"], block_d, config["block_n"] if columns else 16, config["stages"])
+    blocks = (block_s, config["block_t"], block_d, config["stages"])
     constants = (causal, by_key, head_dim, *blocks, options.pop("PDL"))
-    fixed = (factor, heads // kv_heads, columns, *strides[:9], *mask_strides, *strides[9:], *constants)
+    fixed = (factor, heads // kv_heads, *strides[:9], *mask_strides, *strides[9:], *constants)
     return Launch(_attention_kernel, (triton.cdiv(longest, block_s), heads, B), fixed, options)
 
 
@@ -308,5 +264,5 @@ def attention(
     settings = None if config is None else tuple(config.items())
     launch = _LAUNCHES.get((causal, scale, settings, SWITCH.get(), kind_of(q, k, v, mask)), make)
     out = torch.empty((B, S, heads, head_dim), dtype=q.dtype, device=q.device)
-    launch(q, k, v, mask, None, out, None, S, k.shape[2])
+    launch(q, k, v, mask, None, out, S, k.shape[2])
     return out

@@ -85,7 +85,7 @@ def varlen_attention(
     strides = (*_strides(q), *_strides(k), *_strides(v), 0, head_dim, out.stride(0))
     grid = (max_len, heads, cu_seqlens.shape[0] - 1)
     launch = launch_of(q, k, None, grid, strides, causal=causal, scale=scale, config=config)
-    launch(q, k, v, None, cu_seqlens, out, None, q.shape[0], k.shape[0])
+    launch(q, k, v, None, cu_seqlens, out, q.shape[0], k.shape[0])
     return out
 
 
