@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+@contextmanager
+def captured(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What runs in this context, on `stream`, becomes the graph; its memory is of the allocator's `pool`.
+
+    Where a capture fails, torch.cuda.graph (2.11 to 2.13) leaves its stream the current one, and all that the caller
+    does from then on would run there: here the stream of before is the current one afterwards, however it ended.
+    """
+    before = torch.cuda.current_stream(stream.device)
+    try:
+        with own_workspaces(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
-from dsi.runtime.capture import own_workspaces
+from dsi.runtime.capture import captured
 from dsi.runtime.trees import rebuilt, tensors
 
 # times that the host looks for the word before it sleeps between two looks, and for how long then
@@ -91,8 +91,7 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[An
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with own_workspaces(), captured, graph_kernels():
+        with captured(graph, pool, stream), graph_kernels():
             result = run()
     return graph, result
 

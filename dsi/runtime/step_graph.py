@@ -17,7 +17,7 @@ from torch import Tensor
 from dsi.containers.launches import graph_kernels
 from dsi.containers.ops import Biased, Heads
 from dsi.runtime.alibi import places_of
-from dsi.runtime.capture import own_workspaces
+from dsi.runtime.capture import captured
 from dsi.runtime.decode import Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
@@ -136,8 +136,7 @@ class StepGraph:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with own_workspaces(), captured, graph_kernels():
+        with captured(graph, pool, stream), graph_kernels():
             logits = self._run()
         return graph, logits
 

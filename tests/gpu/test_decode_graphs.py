@@ -341,7 +341,9 @@ def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch: Any) -> None:
     engine = dsi.init_inference(copy.deepcopy(stock))
     given = {name: x.to(DEVICE) for name, x in inputs_for("llama", 2, 6).items()}
     settings = {"max_new_tokens": 9, "do_sample": False}
+    stream = torch.cuda.current_stream()
     assert torch.equal(engine.generate(**given, **settings), stock.generate(**given, **settings))
+    assert torch.cuda.current_stream() == stream
     assert "capturing a decode step failed" in engine.module._dsi.last_route.reason
     # random numbers, and captures, go on
     assert torch.randn(4, device=DEVICE).isfinite().all()

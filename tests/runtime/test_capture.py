@@ -1,0 +1,41 @@
+"""What surrounds a capture, without a device: a stand-in for torch's own context that leaves its stream behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsi.runtime import capture
+
+
+class Stream:
+    device = "cuda:0"
+
+
+class Leaving:
+    """torch.cuda.graph where the end of the capture raises, which is before it leaves its stream."""
+
+    def __init__(self, graph: Any, *, stream: Any, **_: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream(self.stream)
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_failed_capture_leaves_the_stream_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, aside = Stream(), Stream()
+    current = [before]
+    cleared: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(torch.cuda, "graph", Leaving)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(1), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"), capture.captured(object(), None, aside):
+        assert current[-1] is aside
+    assert current[-1] is before
+    assert len(cleared) == 2
