@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
-from dsi.runtime.capture import captured
+from dsi.runtime.capture import captured, nothing_waits
 from dsi.runtime.trees import rebuilt, tensors
 
 # times that the host looks for the word before it sleeps between two looks, and for how long then
@@ -88,7 +88,8 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[An
             # all at once; what ran meanwhile ran on what the others would have written
             compile_ahead(run, device)
             # sets up what the libraries set up at their first call
-            run()
+            with nothing_waits():
+                run()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with captured(graph, pool, stream), graph_kernels():

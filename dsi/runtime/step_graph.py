@@ -17,7 +17,7 @@ from torch import Tensor
 from dsi.containers.launches import graph_kernels
 from dsi.containers.ops import Biased, Heads
 from dsi.runtime.alibi import places_of
-from dsi.runtime.capture import captured
+from dsi.runtime.capture import captured, nothing_waits
 from dsi.runtime.decode import Step
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
@@ -133,7 +133,8 @@ class StepGraph:
             self.tokens.zero_()
             self.positions.zero_()
             # sets up what the libraries set up at their first call
-            self._run()
+            with nothing_waits():
+                self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with captured(graph, pool, stream), graph_kernels():

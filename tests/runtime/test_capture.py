@@ -39,3 +39,29 @@ def test_a_failed_capture_leaves_the_stream_of_before(monkeypatch: pytest.Monkey
         assert current[-1] is aside
     assert current[-1] is before
     assert len(cleared) == 2
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def on_device(values: Any) -> Any:
+    return torch.tensor(values).as_subclass(OnDevice)
+
+
+@pytest.mark.parametrize("ask", [lambda x: float(x[0]), lambda x: bool((x > 0).all()), lambda x: x.nonzero()])
+def test_what_reads_back_is_named_before_a_capture(ask: Any) -> None:
+    given = on_device([1.0, 0.0])
+    ask(given)
+    with pytest.raises(capture.WaitsForHost, match="waits for the device"), capture.nothing_waits():
+        ask(given)
+
+
+def test_what_stays_on_the_device_does_not_wait() -> None:
+    given = on_device([1.0, 0.0])
+    with capture.nothing_waits():
+        assert (given + 1).sum().shape == ()
+        # of the host's own
+        assert float(torch.ones(())) == 1.0
