@@ -51,7 +51,7 @@ class TritonOps(TritonStepOps):
 
     def project_add(self, linear: Any, x: Tensor, residual: Tensor, following: NormOp | None = None) -> Tensor:
         if (config := _fused(linear, x, "add")) is None or not residual.is_contiguous():
-            return super().project_add(linear, x, residual)
+            return super().project_add(linear, x, residual, following)
         import dsi_kernels
 
         return dsi_kernels.linear_fused(x, linear.weight, linear.bias, residual=residual, config=config)
