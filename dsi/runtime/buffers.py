@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,4 +22,11 @@ def moved(buffer: Tensor, length: int, capacity: int) -> Tensor:
 def empty_as(like: Tensor, capacity: int) -> Tensor:
     """A buffer of the rows, heads, head size, dtype and device of `like`, with nothing in it."""
     batch, heads, _, width = like.shape
-    return torch.empty(batch, heads, capacity, width, dtype=like.dtype, device=like.device)
+    # one that inference mode made could not be written to outside, as a capture does
+    with torch.inference_mode(False):
+        return torch.empty(batch, heads, capacity, width, dtype=like.dtype, device=like.device)
+
+
+def cut(flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """The start of flat memory as a buffer of this shape."""
+    return flat[: math.prod(shape)].view(*shape)

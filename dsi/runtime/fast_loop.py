@@ -204,6 +204,7 @@ class _Loop:
             text = Text(
                 positions=self.positions,
                 reach=self.reach,
+                slots=self.length + self.new,
                 mask=self.mask,
                 end_ids=end_ids,
                 pad=ending.pad_id,
@@ -243,15 +244,11 @@ class _Loop:
         return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)
 
     def _finished(self, input_ids: Tensor, record: _Record) -> Any:
-        """What the caller gets. A cache that nobody else will see is the next call's, if a graph writes to it."""
-        pool, wanted = self.session.graphs, self.settings.return_dict_in_generate
-        if pool is not None:
-            if self.own_cache and not wanted:
-                # also after a text too short for a graph: the cache may have been lent
-                pool.give_back(input_ids.shape[0], self.cache)
-            elif self.graph is not None:
-                pool.forget(self.graph.key)
-        return self._result(input_ids, record) if wanted else input_ids
+        """What the caller gets. No graph is kept for a cache that is somebody else's."""
+        pool = self.session.graphs
+        if pool is not None and self.graph is not None and not self.own_cache:
+            pool.forget(self.cache)
+        return self._result(input_ids, record) if self._returned else input_ids
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """float32 logits [B, vocab] after the prompt, which fills the cache."""

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import attrs
+from torch import Tensor
 from transformers import DynamicCache
 
 from dsi.runtime.fast_loop import fast_sample
@@ -44,7 +45,8 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     session = session_of(model)
     given = _by_name(stock, model, args, kwargs)
     with session.lock:
-        outer = session.prompt
+        outer, result = (session.prompt, session.own_cache), None
+        session.own_cache = None
         session.running += 1
         try:
             session.prompt = _check(model, session, given)
@@ -53,11 +55,26 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 session.graphs = GraphPool()
             if session.last_route.fast:
                 given["custom_generate"] = fast_sample
-                return stock(model, **given)
-            return _in_graphs(model, session, stock, given)
+                result = stock(model, **given)
+            else:
+                result = _in_graphs(model, session, stock, given)
+            return result
         finally:
-            session.prompt, session.own_cache = outer, None
+            _part_from_cache(session, result)
+            session.prompt, session.own_cache = outer
             session.running -= 1
+
+
+def _part_from_cache(session: Session, result: Any) -> None:
+    """The call is over: the cache that was made for it is the next call's, or its caller's who may have it."""
+    pool, cache = session.graphs, session.own_cache
+    if pool is None or cache is None:
+        return
+    # none where the call failed
+    if result is None or isinstance(result, Tensor):
+        pool.give_back(cache)
+    else:
+        pool.hand_over(cache)
 
 
 def _in_graphs(model: Any, session: Session, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -73,7 +90,7 @@ def _in_graphs(model: Any, session: Session, stock: Callable[..., Any], given: d
     session.steps, before = steps, session.steps
     try:
         result = stock(model, **given)
-        steps.finish(result)
+        steps.finish()
         session.last_route = _told(session.last_route, steps)
         return result
     finally:
@@ -118,6 +135,8 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
         if session.graphs is not None and (session.steps or (session.last_route and session.last_route.fast)):
             times = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             rows = int(bound.arguments["batch_size"]) * times
+            if session.steps:
+                session.steps.slots = total
             returned = bool(generation_config.return_dict_in_generate)
             if not too_large(rows, prompt.length):
                 # a graph of the prompt is as long as its bucket

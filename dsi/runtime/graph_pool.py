@@ -1,36 +1,39 @@
-"""The graphs of one model's decode steps, and the caches that they write to, lent to one text after the other.
+"""The graphs of one model's decode steps, and the memory that they write to, lent to one text after the other.
 
-A cache that a text is done with is kept for the next of the same batch size, so that its addresses, and with them the
-graph, stay. Kept are the latest, and as many before it as take no more than a twentieth of the weights, or 256 MiB,
-together; four in all. A cache that is too small goes, with its graphs, before the larger one is made.
+What a text is done with is kept as a block for the next, so that its addresses, and with them the graphs, stay. A text
+of other rows gets a view of a block, where one has room; a larger one gets its own. Kept are the largest block, and
+beside it as many as take no more than a fortieth of the weights, or 64 MiB, together; four in all. A block that is too
+small for its rows goes, with its graphs, before the larger one is made.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from dsi.runtime.cache_memory import Block, Place, capacity_of, place_of
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache
-from dsi.runtime.prompt_graph import BucketPrompt, PromptGraph, PromptGraphs, addresses_of
+from dsi.runtime.prompt_graph import BucketPrompt, PromptGraph, PromptGraphs
 from dsi.runtime.prompt_pass import PromptPass
 from dsi.runtime.sampling import noise_place, set_noise_place
 from dsi.runtime.step_graph import GraphKey, StepGraph
 
 logger = logging.getLogger(__name__)
 
-# caches that a model keeps: one for each batch size
+# blocks of memory that a model keeps
 KEPT = 4
-# what kept caches beside the latest may take: a share of the weights, or this many bytes
-SPARE, SPARE_BYTES = 20, 1 << 28
-# graphs that a model keeps: for batch sizes, kinds of mask, and ways to choose a token
-GRAPHS = 8
+# what blocks beside the largest may take while they are idle: a share of the weights, or this many bytes
+SPARE, SPARE_BYTES = 40, 1 << 26
+# graphs that a model keeps: for batch sizes, reaches, kinds of mask, and ways to choose a token
+GRAPHS = 16
 # positions of all rows together that caches for graphs are rounded up to, and of one row at least, so that a longer
 # text does not ask for a graph of its own at once
 ROUNDED_TO, LEAST = 256, 16
@@ -39,21 +42,25 @@ WHOLE_WINDOWS, WHOLE_BELOW = 2, 8192
 
 
 class GraphPool:
-    """The graphs of one model, least recently used out, each with the cache that it writes to."""
+    """The graphs of one model, least recently used out, and the memory that they write to."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[GraphKey, tuple[tuple[int, ...], StepGraph]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[GraphKey, Place], StepGraph] = OrderedDict()
         self._model: tuple[Any, ...] = ()
-        self._caches: OrderedDict[int, PreallocatedCache] = OrderedDict()
+        self._blocks: list[Block] = []
         self._memory: Any = None
-        # bytes that idle caches may hold beside the latest
+        # bytes that idle blocks may hold beside the largest, and that are copied for a caller who wants the cache
         self._spare = 0
         self.prompts = PromptGraphs()
         # why no graph may be tried any more, and why the latest was not to be had
         self.failure = self.reason = ""
 
+    # --- memory -----------------------------------------------------------------------------------------------
+
     def cache_in_place_of(self, made: DynamicCache, rows: int, positions: int, *, returned: bool) -> PreallocatedCache:
         """One with room for so many positions of so many rows, for transformers' own that was just made.
+
+        Whoever asks says by `give_back` or `hand_over` what became of it.
 
         Args:
             made: fresh.
@@ -63,61 +70,162 @@ class GraphPool:
         windows = [layer.sliding_window for layer in made.layers if hasattr(layer, "sliding_window")]
         if windows and (returned or positions > max(WHOLE_WINDOWS * min(windows), WHOLE_BELOW)):
             return PreallocatedCache.of(made, positions)
-        grown = rows in self._caches
-        # one that a captured step writes to already
-        lent = self.lend(rows, positions)
+        # one that captured steps write to already
+        lent = self._lent(made, rows, positions)
         if lent is not None:
             return lent
-        return PreallocatedCache.of(made, rounded(positions, rows, grown=grown), whole=True)
+        grown = any(rows in block.views for block in self._blocks)
+        capacity = rounded(positions, rows, grown=grown)
+        self._make_way(rows, rows * capacity)
+        return PreallocatedCache.of(made, capacity, whole=True)
 
-    def lend(self, batch: int, positions: int) -> PreallocatedCache | None:
-        """An empty cache that a graph may write to already, with room for so many positions; None where there is none.
+    def _lent(self, made: DynamicCache, rows: int, positions: int) -> PreallocatedCache | None:
+        wanted = rounded(positions, rows, grown=True)
+        # one that has a view for it already, or the smallest with room
+        for block in sorted(self._blocks, key=lambda one: (not one.serves(rows, positions), one.positions)):
+            if block.lent is not None:
+                continue
+            before = block.views.get(rows)
+            cache = block.lend(made, rows, positions, wanted)
+            if cache is None:
+                continue
+            if before is not None and before is not cache:
+                self._drop_graphs(place_of(before))
+            for other in list(self._blocks):
+                if other is not block:
+                    self._forget_view(other, rows)
+            return cache
+        return None
 
-        Whoever keeps it beyond the call does not give it back.
-        """
-        cache = self._caches.pop(batch, None)
-        if cache is None:
-            return None
-        if min(layer.capacity for layer in cache.layers) < positions:
-            # before the larger one asks for its own
-            self._drop(cache)
-            return None
-        cache.reset()
-        return cache
-
-    def give_back(self, batch: int, cache: PreallocatedCache) -> None:
-        """The cache is nobody's any more; where a graph writes to it, it is kept for the next text.
-
-        The oldest go where they are too many.
-        """
-        if not self._written_to(cache):
+    def _forget_view(self, block: Block, rows: int) -> None:
+        """A text of so many rows will have another; a block that none will have goes."""
+        if block.lent is not None or rows not in block.views:
             return
-        self._caches.pop(batch, None)
-        self._caches[batch] = cache
-        while len(self._caches) > 1 and (len(self._caches) > KEPT or self._idle_bytes() > self._spare):
-            self._drop(self._caches.popitem(last=False)[1])
+        self._drop_graphs(place_of(block.views.pop(rows)))
+        if not block.views:
+            self._remove(block)
+
+    def _make_way(self, rows: int, coming: int) -> None:
+        """Let go of what a new block of so many positions makes too much, and of what was too small for its rows."""
+        for block in list(self._blocks):
+            self._forget_view(block, rows)
+        self._trim(coming)
+
+    def _trim(self, coming: int = 0) -> None:
+        """Idle blocks go until all but the largest, which may be one that is to come, take no more than is spared."""
+        while self._blocks:
+            each = self._blocks[0].nbytes / self._blocks[0].positions
+            sizes = [block.nbytes for block in self._blocks] + ([int(coming * each)] if coming else [])
+            if len(sizes) <= KEPT and sum(sizes) - max(sizes) <= self._spare:
+                return
+            largest = sizes.index(max(sizes))
+            idle = [block for at, block in enumerate(self._blocks) if at != largest and block.lent is None]
+            if not idle:
+                return
+            self._remove(max(idle, key=lambda block: block.nbytes))
+
+    def _remove(self, block: Block) -> None:
+        """Let go of a block's memory: graphs that write to it go too."""
+        self._blocks.remove(block)
+        self._drop_where(lambda place: place.addresses == block.addresses)
+        block.views.clear()
+        # what is allocated where it stood comes after what was written there
+        block.wait()
+
+    def release_idle(self) -> bool:
+        """Let go of all memory that nobody has; whether there was any."""
+        idle = [block for block in self._blocks if block.lent is None]
+        for block in idle:
+            self._remove(block)
+        return bool(idle)
+
+    def _block_of(self, cache: PreallocatedCache) -> Block | None:
+        """The block that is lent to this cache."""
+        return next((block for block in self._blocks if block.lent is not None and block.lent[0] is cache), None)
+
+    def give_back(self, cache: PreallocatedCache) -> None:
+        """The cache is nobody's any more; where a graph writes to its memory, that is kept for the next text."""
+        block = self._block_of(cache)
+        if block is None and self._written_to(cache):
+            block = self._adopt(cache)
+        if block is not None:
+            self._end(block)
+        self._trim()
+
+    def hand_over(self, cache: PreallocatedCache) -> None:
+        """The cache is its caller's: a copy, where that is small, so that the memory and the graphs stay."""
+        block = self._block_of(cache)
+        if block is None and self._written_to(cache):
+            block = self._adopt(cache)
+        if block is None:
+            return
+        layers: list[Any] = cache.layers
+        place = place_of(cache)
+        mine = place.addresses == block.addresses
+        share = place.rows * min(place.capacities) / block.positions if mine else 0.0
+        if share * block.nbytes > self._spare and 2 * share > 1:
+            self._remove(block)
+            for layer in layers:
+                layer.stay()
+        else:
+            if mine:
+                for layer in layers:
+                    layer.move_out()
+            else:
+                self._drop_graphs(place)
+            block.take_back()
+            block.views = {rows: view for rows, view in block.views.items() if view is not cache}
+        self._trim()
+
+    def _adopt(self, cache: PreallocatedCache) -> Block:
+        block = Block(cache)
+        self._blocks.append(block)
+        return block
+
+    def _end(self, block: Block) -> None:
+        """Nobody has the block any more."""
+        lent = block.lent
+        block.take_back()
+        if lent is None or place_of(lent[0]) == lent[1]:
+            return
+        cache, before = lent
+        # it grew: within the block, or out of it
+        self._drop_graphs(before)
+        if not block.holds(cache) or len(set(place_of(cache).capacities)) > 1:
+            block.views = {rows: view for rows, view in block.views.items() if view is not cache}
+
+    def outgrown(self, cache: PreallocatedCache, positions: int) -> None:
+        """The cache is about to grow: graphs of where it stands go, and the block, where that has no room for it."""
+        place = place_of(cache)
+        self._drop_graphs(place)
+        block = self._block_of(cache)
+        if block is None:
+            self._trim(2 * place.rows * positions)
+        elif block.room(place.rows) < positions:
+            self._remove(block)
+            for layer in cache.layers:
+                layer.stay()
+            self._trim(2 * place.rows * positions)
+
+    def forget(self, cache: PreallocatedCache) -> None:
+        """Drop the graphs of a cache that is somebody else's."""
+        self._drop_graphs(place_of(cache))
 
     def _written_to(self, cache: PreallocatedCache) -> bool:
-        if not all(hasattr(layer, "buffers") for layer in cache.layers):
+        if not cache.layers or not all(hasattr(layer, "buffers") for layer in cache.layers):
             return False
-        addresses = addresses_of(cache)
-        return any(written == addresses for written, _ in self._graphs.values()) or self.prompts.writes_to(addresses)
+        place = place_of(cache)
+        return any(written == place for _, written in self._graphs) or self.prompts.writes_to(place)
 
-    def _idle_bytes(self) -> int:
-        """Memory of all caches but the latest."""
-        return sum(map(_bytes, list(self._caches.values())[:-1]))
+    def _drop_graphs(self, place: Place) -> None:
+        self._drop_where(lambda written: written == place)
 
-    def _drop(self, cache: PreallocatedCache) -> None:
-        """Let go of a cache's memory: graphs that write to it go too."""
-        addresses = addresses_of(cache)
-        for key in [key for key, (written, _) in self._graphs.items() if written == addresses]:
+    def _drop_where(self, gone: Callable[[Place], bool]) -> None:
+        for key in [key for key in self._graphs if gone(key[1])]:
             del self._graphs[key]
-        self.prompts.drop(addresses)
+        self.prompts.drop(gone)
 
-    def forget(self, key: GraphKey) -> None:
-        """Drop a graph: the cache that it writes to is somebody else's now."""
-        if (found := self._graphs.pop(key, None)) is not None:
-            self.prompts.drop(found[0])
+    # --- graphs -----------------------------------------------------------------------------------------------
 
     def prompt(
         self, model: nn.Module, runner: DecodeRunner, cache: PreallocatedCache, rows: int, length: int
@@ -155,22 +263,21 @@ class GraphPool:
         if self.failure:
             return None
         self._meet(model, runner)
-        addresses = addresses_of(cache)
-        found = self._graphs.pop(key, None)
-        if found is None or found[0] != addresses or found[1].reach < reach:
+        known = key, place_of(cache)
+        found = self._graphs.pop(known, None)
+        if found is None or found.reach < reach:
             # let go of the old one's memory before the new one asks for its own
             found = None
-            made = self._make(runner, cache, key, reach)
-            if made is None:
+            found = self._make(runner, cache, key, reach)
+            if found is None:
                 return None
-            found = addresses, made
-        self._graphs[key] = found
+        self._graphs[known] = found
         while len(self._graphs) > GRAPHS:
             self._graphs.popitem(last=False)
-        return found[1]
+        return found
 
     def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
-        reach = max(reach, *(layer.capacity for layer in cache.layers))
+        reach = max(reach, capacity_of(cache))
         device = cache.layers[0].keys.device
         place = noise_place(device)
         try:
@@ -210,11 +317,7 @@ def rounded(positions: int, rows: int = 1, *, grown: bool = False) -> int:
 
 
 def _pass(runner: DecodeRunner, cache: PreallocatedCache) -> PromptPass:
-    return PromptPass(runner.bind(min(layer.capacity for layer in cache.layers)), runner.containers())
-
-
-def _bytes(cache: PreallocatedCache) -> int:
-    return sum(buffer.nbytes for layer in cache.layers for buffer in layer.buffers())
+    return PromptPass(runner.bind(capacity_of(cache)), runner.containers())
 
 
 def _parts(model: nn.Module, runner: DecodeRunner) -> tuple[Any, ...]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dsi.errors import CacheMemoryError
+from dsi.runtime.cache_memory import capacity_of
 from dsi.runtime.decode import DecodeRunner
-from dsi.runtime.graph_pool import GraphPool
+from dsi.runtime.graph_pool import GraphPool, rounded
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer, WindowedLayer
 from dsi.runtime.sampling import Sampling, noise_place, set_noise_place
 from dsi.runtime.step_graph import GraphKey, StepGraph
@@ -52,6 +53,7 @@ class Text:
     Args:
         positions: where the first token to be fed stands: an int for all rows, or int64 [B, 1].
         reach: the steps to come stay below this position.
+        slots: so many positions of the cache are filled in the end at most; 0 where nobody knows.
         mask: bool [B, 1, 1, T] of all positions to come, True = attend, or None.
         end_ids, pad: tokens that end a row, and what follows them; none where nobody wants to know.
         sampling: how the graph chooses tokens, or None for the most likely.
@@ -61,6 +63,7 @@ class Text:
     positions: Tensor | int
     reach: int
     mask: Tensor | None
+    slots: int = 0
     end_ids: list[int] = attrs.field(factory=list)
     pad: Tensor | None = None
     sampling: Sampling | None = None
@@ -89,6 +92,8 @@ class GraphRun:
             ends=len(text.end_ids),
             sampled=choice is not None and choice.sampled,
             penalized=0 if choice is None or choice.penalty is None else choice.vocabulary,
+            # not by the cache's capacity, which an earlier text may have enlarged
+            slots=rounded(text.slots or capacity_of(cache), grown=True),
         )
         self.graph: StepGraph | None = None
         # steps taken, how many of them by earlier graphs, and how many the cache's layers have been told of
@@ -137,13 +142,17 @@ class GraphRun:
 
     def chain(self, count: int) -> Iterator[Tensor]:
         """Take that many steps: after each the next tokens, int64 [B, 1], valid until the next step."""
-        assert self.graph is not None
         for _ in range(count):
-            graph = self._with_room(self.graph.tokens[:, 0])
-            self.place = noise_place(graph.tokens.device) if self.key.sampled else 0
-            graph.replay()
-            self.taken += 1
-            yield graph.tokens
+            # no name holds the graph while another may take its place
+            yield self._chained()
+
+    def _chained(self) -> Tensor:
+        assert self.graph is not None
+        graph = self._with_room(self.graph.tokens[:, 0])
+        self.place = noise_place(graph.tokens.device) if self.key.sampled else 0
+        graph.replay()
+        self.taken += 1
+        return graph.tokens
 
     def take_back_noise(self) -> None:
         """The random numbers of the latest step were not drawn."""
@@ -182,7 +191,6 @@ class GraphRun:
         self.settle()
         # the old buffers are let go of before the graph for the new ones asks for memory
         self.graph = graph = None
-        self.pool.forget(self.key)
         if not self.ready(kept[0]):
             raise CacheMemoryError(f"generate: the text outgrew its KV cache, and {self.pool.reason}", hint=_SMALLER)
         graph = self.graph
@@ -192,14 +200,24 @@ class GraphRun:
         return graph
 
     def _make_room(self) -> None:
-        # the first layer's grows beside the others' old ones: each layer lets go of its own
+        length = self.cache.get_seq_length()
+        if length >= capacity_of(self.cache):
+            self.pool.outgrown(self.cache, length + 1)
         try:
-            for layer in self.layers:
-                layer.make_room(1)
-        except torch.OutOfMemoryError as error:
-            self.pool.forget(self.key)
-            length = self.cache.get_seq_length()
-            raise CacheMemoryError(
-                f"generate: the KV cache is full at {length} positions, and there is no memory to grow: {error}",
-                hint=_SMALLER,
-            ) from error
+            self._grow()
+        except torch.OutOfMemoryError:
+            # what earlier texts left
+            self.pool.release_idle()
+            try:
+                self._grow()
+            except torch.OutOfMemoryError as error:
+                self.pool.forget(self.cache)
+                raise CacheMemoryError(
+                    f"generate: the KV cache is full at {length} positions, and there is no memory to grow: {error}",
+                    hint=_SMALLER,
+                ) from error
+
+    def _grow(self) -> None:
+        # the first layer's grows beside the others' old ones: each layer lets go of its own
+        for layer in self.layers:
+            layer.make_room(1)

@@ -11,7 +11,7 @@ Elements copied by one append of S positions to T: 2*B*H*S*D, against 2*B*H*(T +
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dsi.containers.ops import Heads
 from dsi.errors import InputError
-from dsi.runtime.buffers import FIRST_CAPACITY, empty_as, moved
+from dsi.runtime.buffers import FIRST_CAPACITY, cut, empty_as, moved
 from dsi.runtime.sliding_window import PreallocatedSlidingLayer
 
 # a request for a long text often ends early: at most this many new positions are set aside at first, the rest on demand
@@ -43,6 +43,8 @@ class PreallocatedLayer(DynamicLayer):
     values: Tensor
     _shown_keys: Tensor | None
     _shown_values: Tensor | None
+    # flat, of keys and of values, where the buffers are the start of more
+    _memory: tuple[Tensor, ...] | None
 
     def __init__(self, capacity: int = FIRST_CAPACITY, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -125,6 +127,37 @@ class PreallocatedLayer(DynamicLayer):
         """The memory behind `keys` and `values`, each [B, kv_heads, capacity, head_dim]."""
         return self._key_buffer, self._value_buffer
 
+    def lie_in(self, memory: Sequence[Tensor], shapes: Sequence[Sequence[int]] = ()) -> None:
+        """Say of what the buffers are the start, which they may grow in.
+
+        Args:
+            memory: flat, of the keys and of the values.
+            shapes: of the buffers, where they are others than now; the layer is empty then.
+        """
+        buffers = [cut(flat, shape) for flat, shape in zip(memory, shapes, strict=True)] if shapes else self.buffers()
+        self._set_buffers(*buffers)
+        self._memory = tuple(memory)
+
+    def stay(self) -> None:
+        """The memory that the buffers are part of is the layer's own, and is let go of as it grows."""
+        self._memory = None
+
+    def move_out(self) -> None:
+        """Other buffers, just as large as what is filled: somebody else writes to these."""
+        if not self._intact() or not self.is_initialized:
+            self._forget()
+            return
+        length = self._length
+        self._set_buffers(*(moved(buffer, length, max(length, 1)) for buffer in self.buffers()))
+        self._show()
+
+    def room(self) -> int:
+        """Positions that there is room for where the buffers lie."""
+        if self._memory is None or not self.capacity:
+            return self.capacity
+        each = [buffer.numel() // self.capacity for buffer in self.buffers()]
+        return min(flat.numel() // one for flat, one in zip(self._memory, each, strict=True))
+
     def make_room(self, positions: int) -> None:
         """Other buffers, where these have no room for so many positions more or must not be written to."""
         if not self._intact():
@@ -182,13 +215,29 @@ class PreallocatedLayer(DynamicLayer):
     def _grow(self, needed: int) -> None:
         length = self._length
         capacity = max(needed, 2 * self.capacity) if needed > self.capacity else self.capacity
+        if self._memory is not None and needed <= self.room() and not self._sealed():
+            self._spread(min(capacity, self.room()))
+            return
         self._set_buffers(moved(self._key_buffer, length, capacity), moved(self._value_buffer, length, capacity))
+
+    def _spread(self, capacity: int) -> None:
+        """The same memory, cut for more positions of fewer rows than it has room for."""
+        memory, buffers = self._memory, []
+        assert memory is not None
+        for flat, buffer in zip(memory, self.buffers(), strict=True):
+            kept = buffer.narrow(2, 0, self._length).clone()
+            wider = cut(flat, (*buffer.shape[:2], capacity, buffer.shape[3]))
+            wider.narrow(2, 0, self._length).copy_(kept)
+            buffers.append(wider)
+        self._set_buffers(*buffers)
+        self._memory = memory
 
     def _set_buffers(self, keys: Tensor, values: Tensor) -> None:
         self._key_buffer, self._value_buffer = keys, values
         self._batch = keys.shape[0]
         self.capacity = keys.shape[2]
-        self._made_for_inference = torch.is_inference_mode_enabled()
+        self._made_for_inference = keys.is_inference()
+        self._memory = None
 
     def _show(self) -> tuple[Tensor, Tensor]:
         self.keys = self._shown_keys = self._key_buffer.narrow(2, 0, self._length)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsi.containers.launches import graph_kernels, without_plans
 from dsi.containers.ops import Heads
+from dsi.runtime.cache_memory import Place, place_of
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.forward_graph import capture
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
@@ -107,7 +108,8 @@ class PromptInputs:
         """Logits [B, vocab] in their place."""
         place = self._logits.get(logits.shape[0])
         if place is None:
-            place = self._logits[logits.shape[0]] = torch.empty_like(logits, dtype=torch.float32)
+            with torch.inference_mode(False):
+                place = self._logits[logits.shape[0]] = torch.empty_like(logits, dtype=torch.float32)
         return place.copy_(logits)
 
 
@@ -202,7 +204,7 @@ class PromptGraphs:
     """The prompts' graphs of one model, least recently used out."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple[int, int], tuple[tuple[int, ...], PromptGraph]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, int], tuple[Place, PromptGraph]] = OrderedDict()
         self._watches: OrderedDict[tuple[int, int], Watch] = OrderedDict()
         self._inputs: PromptInputs | None = None
         self.failure = ""
@@ -228,15 +230,15 @@ class PromptGraphs:
         self, cache: PreallocatedCache, rows: int, length: int, prompt: Callable[[], PromptPass], pool: Any
     ) -> PromptGraph | None:
         """A graph that writes to this cache; None where capturing failed."""
-        key, addresses = (rows, bucket(length)), addresses_of(cache)
+        key, place = (rows, bucket(length)), place_of(cache)
         found = self._graphs.pop(key, None)
-        if found is None or found[0] != addresses:
+        if found is None or found[0] != place:
             # let go of the old one's memory before the new one asks for its own
             found = None
             made = self._made(cache, key, prompt, pool)
             if made is None:
                 return None
-            found = addresses, made
+            found = place, made
         self._graphs[key] = found
         while len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
@@ -264,21 +266,16 @@ class PromptGraphs:
             self._inputs = PromptInputs(device)
         return self._inputs
 
-    def writes_to(self, addresses: tuple[int, ...]) -> bool:
-        """Whether a graph writes to the buffers at these addresses."""
-        return any(written == addresses for written, _ in self._graphs.values())
+    def writes_to(self, place: Place) -> bool:
+        """Whether a graph writes to the buffers there."""
+        return any(written == place for written, _ in self._graphs.values())
 
-    def drop(self, addresses: tuple[int, ...]) -> None:
-        """Graphs that write to these buffers go."""
-        for key in [key for key, (written, _) in self._graphs.items() if written == addresses]:
+    def drop(self, gone: Callable[[Place], bool]) -> None:
+        """Graphs that write to such places go."""
+        for key in [key for key, (written, _) in self._graphs.items() if gone(written)]:
             del self._graphs[key]
 
     def clear(self) -> None:
         """All graphs go: the model's weights or parts are others now."""
         self._graphs.clear()
         self._inputs = None
-
-
-def addresses_of(cache: PreallocatedCache) -> tuple[int, ...]:
-    """Where the buffers of a cache stand."""
-    return tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers())

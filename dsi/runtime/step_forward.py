@@ -65,6 +65,8 @@ class StepForward:
         # why there are no graphs any more
         self.reason = ""
         self.taken = 0
+        # that the text's cache is filled up to in the end, once somebody knows
+        self.slots = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = None if args or self.reason else self._step(kwargs)
@@ -107,8 +109,7 @@ class StepForward:
         run = self.run
         if run is None or run.graph is None or run.cache is not call.cache or run.key.batch != call.ids.shape[0]:
             return False
-        written = all(seen.keys is layer.buffers()[0] for seen, layer in zip(run.graph.layers, run.layers, strict=True))
-        return written and run.length == call.cache.get_seq_length()
+        return run.graph.writes_to(run.layers) and run.length == call.cache.get_seq_length()
 
     def _begins(self, call: _Call) -> bool:
         if self.run is not None and self.run.cache is not call.cache:
@@ -122,21 +123,17 @@ class StepForward:
         length = call.cache.get_seq_length()
         mask = None if call.mask is None or bool(call.mask.all()) else call.mask[:, None, None].bool()
         # the positions of a step that goes by its mask are those of the cache, or before
-        text = Text(positions=length, reach=length + 1, mask=mask)
+        text = Text(positions=length, reach=length + 1, mask=mask, slots=self.slots)
         self.run = GraphRun(self.pool, self.model, self.runner, call.cache, text)
         if not self.run.ready(call.ids[:, 0]):
             self.run, self.reason = None, self.pool.reason
             return False
         return True
 
-    def finish(self, result: Any) -> None:
-        """The loop is over: a cache that its caller does not see is the next call's."""
-        if self.run is None:
-            return
-        if isinstance(result, Tensor) and self.session.own_cache is self.run.cache:
-            self.pool.give_back(self.run.key.batch, self.run.cache)
-        else:
-            self.pool.forget(self.run.key)
+    def finish(self) -> None:
+        """The loop is over: no graph is kept for a cache that is somebody else's."""
+        if self.run is not None and self.session.own_cache is not self.run.cache:
+            self.pool.forget(self.run.cache)
 
 
 def step_forward(model: Any, session: Session, given: dict[str, Any]) -> StepForward | None:

@@ -29,14 +29,15 @@ class GraphLayer:
         layer: whose buffers they are.
         start: int64 [], where the new position is written.
         filled: int64 [], positions filled, the new one included.
+        reach: positions that the texts of the graph stay below: what work is divided by, whatever the buffers hold.
     """
 
     # position p stands at slot p, or at p % capacity
     ring = False
 
-    def __init__(self, layer: PreallocatedLayer, start: Tensor, filled: Tensor) -> None:
+    def __init__(self, layer: PreallocatedLayer, start: Tensor, filled: Tensor, reach: int) -> None:
         self.keys, self.values = layer.buffers()
-        self.start, self.filled = start, filled
+        self.start, self.filled, self.reach = start, filled, reach
         # for the kernel of a step's attention; it leaves them as it finds them
         self.tickets = torch.zeros(self.keys.shape[:2].numel(), dtype=torch.int32, device=self.keys.device)
 
@@ -70,6 +71,7 @@ class GraphKey:
         ends: how many end tokens there are.
         sampled: tokens are drawn; otherwise the most likely one is taken.
         penalized: how many tokens the vocabulary has, where those that came before are counted; 0 where not.
+        slots: positions of the cache that the texts stay below, rounded up.
     """
 
     batch: int
@@ -77,6 +79,7 @@ class GraphKey:
     ends: int
     sampled: bool = False
     penalized: int = 0
+    slots: int = 0
 
 
 class StepGraph:
@@ -118,7 +121,7 @@ class StepGraph:
         # positions of the text that it is made for
         self.first = cache.get_seq_length()
         self._count_from(self.first)
-        self.layers = [GraphLayer(layer, start, filled) for layer in layers]
+        self.layers = [GraphLayer(layer, start, filled, key.slots) for layer in layers]
         self.graph, self.logits = self._captured(pool)
 
     def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -158,6 +161,13 @@ class StepGraph:
         given = (logits.contiguous(), noise, self.settings, *state, self.invalid)
         dsi_kernels.sample_token(*given, seen=self.seen, **ending)
         return logits
+
+    def writes_to(self, layers: Sequence[PreallocatedLayer]) -> bool:
+        """Whether these layers' buffers are the graph's."""
+        pairs = zip(self.layers, layers, strict=True)
+        return all(seen.keys.data_ptr() == layer.buffers()[0].data_ptr() for seen, layer in pairs) and all(
+            layer.capacity == self.capacity for layer in layers
+        )
 
     def _count_from(self, length: int) -> None:
         _send([length, length + 1, 1], self.counters)

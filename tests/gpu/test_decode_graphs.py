@@ -303,7 +303,7 @@ def test_a_text_begins_while_the_device_is_at_its_prompt() -> None:
     pair = Pair("llama")
     given = pair.inputs(2, 6)
     pair.ours.generate(**given, do_sample=True, max_new_tokens=9, eos_token_id=[66], pad_token_id=0)
-    ((_, graph),) = pair.ours._dsi.graphs._graphs.values()
+    (graph,) = pair.ours._dsi.graphs._graphs.values()
     tokens, pad = torch.ones(2, dtype=torch.int64, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -27,7 +27,7 @@ def captured(family: str, batch: int, monkeypatch: Any, *, dependent: bool, samp
     given = {name: x.cuda() for name, x in inputs_for(family, batch, 9).items()}
     engine.generate(**given, max_new_tokens=12, do_sample=sampled)
     assert model._dsi.last_route.graph, model._dsi.last_route.reason
-    ((_, graph),) = model._dsi.graphs._graphs.values()
+    (graph,) = model._dsi.graphs._graphs.values()
     return engine, graph
 
 

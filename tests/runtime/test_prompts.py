@@ -211,8 +211,8 @@ def test_another_cache_gets_another_graph(prompts):
     pair = llama()
     for turn in range(3):
         pair.check(inputs_for("llama", 1, 9, seed=turn))
-    # the kept one is gone, and its graph is not
-    pair.ours._dsi.graphs._caches.clear()
+    # the memory is gone, and the graph is not
+    pair.ours._dsi.graphs._blocks.clear()
     pair.check(inputs_for("llama", 1, 9, seed=5))
     assert pair.ours._dsi.last_prompt.graph
     assert len(prompts) == 2
@@ -258,10 +258,10 @@ def test_graphs_are_few_and_caches_go(prompts, monkeypatch):
             pair.check(inputs_for("llama", 1, length))
     pool = pair.ours._dsi.graphs
     assert len(pool.prompts._graphs) == 2
-    old = {addresses for addresses, _ in pool.prompts._graphs.values()}
-    # no room in the kept cache: it goes, and its graphs with it
+    old = {place for place, _ in pool.prompts._graphs.values()}
+    # no room in the kept memory: it goes, and its graphs with it
     pair.check(inputs_for("llama", 1, 9), max_new_tokens=300)
-    assert not old & {addresses for addresses, _ in pool.prompts._graphs.values()}
+    assert not old & {place for place, _ in pool.prompts._graphs.values()}
 
 
 def test_a_capture_that_fails_is_told_and_not_tried_again(prompts, monkeypatch):
