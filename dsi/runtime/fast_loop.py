@@ -256,7 +256,7 @@ class _Loop:
         with timed():
             mask = self.inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
-            start = PromptStart(self.session, self.step, self.inputs, kept=self.own_cache and not self._returned)
+            start = PromptStart(self.session, self.step, self.inputs, kept=self.own_cache)
             logits = start.logits(input_ids, padded=padded)
             if logits is None:
                 logits = self._models_own(input_ids)

@@ -22,7 +22,7 @@ class PromptStart:
         session: of the model; `last_prompt` tells afterwards how the prompt ran.
         step: the model's parts, bound for the text.
         inputs: what generation gives the model beside the ids, the cache among them.
-        kept: nobody else has the cache or will see it.
+        kept: nobody else has the cache; whoever gets it in the end gets a copy, or the graphs go.
     """
 
     def __init__(self, session: Session, step: Step, inputs: Mapping[str, Any], *, kept: bool) -> None:

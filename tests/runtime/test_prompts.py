@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dsi.containers import launches
 from dsi.runtime import prompt_graph, prompt_start
@@ -200,11 +201,24 @@ def test_a_returned_cache_is_never_written_to_again(prompts):
         pair.check(inputs_for("llama", 1, 9, seed=turn))
     assert pair.ours._dsi.last_prompt.graph
     found = pair.check(inputs_for("llama", 1, 9, seed=5), return_dict_in_generate=True)
-    assert pair.ours._dsi.last_prompt.reason == "the cache is the caller's"
+    assert pair.ours._dsi.last_prompt.graph
     kept = [layer.keys.clone() for layer in found.past_key_values.layers]
     for turn in range(3):
         pair.check(inputs_for("llama", 1, 12, seed=turn))
     assert all(torch.equal(one, layer.keys) for one, layer in zip(kept, found.past_key_values.layers, strict=True))
+
+
+def test_a_cache_that_is_brought_has_no_graph(prompts):
+    pair = llama()
+    for turn in range(3):
+        given = inputs_for("llama", 1, 9, seed=turn)
+        wanted, cache = pair.stock.generate(**given, **GREEDY), DynamicCache(config=pair.ours.config)
+        assert torch.equal(pair.ours.generate(**given, **GREEDY, past_key_values=cache), wanted)
+        assert pair.ours._dsi.last_prompt.own
+        assert pair.ours._dsi.last_prompt.reason == "the cache is the caller's"
+        assert cache.get_seq_length() == wanted.shape[1] - 1
+    assert not prompts
+    assert not pair.ours._dsi.graphs._graphs
 
 
 def test_another_cache_gets_another_graph(prompts):
