@@ -97,6 +97,7 @@ class TritonStepOps(AtenOps):
         return dsi_kernels.step_attention(
             qkv, k, v, start, heads, kv_heads, rope=_step_rope(rope), norm=_head_norm(norms), mask=mask, scale=scale,
             softcap=softcap, alibi=alibi, window=window, ring=kv.ring, tickets=kv.tickets[: qkv.shape[0] * kv_heads],
+            reach=kv.reach,
         )  # fmt: skip
 
     def decode(

@@ -99,6 +99,7 @@ def step_attention(
     window: int | None = None,
     ring: bool = False,
     tickets: Tensor | None = None,
+    reach: int | None = None,
     config: Mapping[str, int] | None = None,
 ) -> Tensor:
     """Each row's new token attended to the earlier ones and itself; its k and v are in the caches afterwards.
@@ -121,6 +122,8 @@ def step_attention(
             it does not see.
         tickets: int32 [B * kv_heads] zeros, zeros again afterwards, used by no launch beside this one; None for new
             ones, which takes a launch.
+        reach: positions that the launch is planned for, whatever the cache could hold: splits and settings, and so the
+            bits, go by it. More than are filled for as long as the launch is used; None for the capacity.
         config: all settings of tuned/step_attention/default.json, in the place of the tuned ones: tile_bytes of K, and
             as many of V; num_warps; stages of the loop; min_split tokens a program or more; programs_per_sm at most;
             ahead, how many tiles are on their way before the launch before has ended.
@@ -145,12 +148,15 @@ def step_attention(
         )
     if tickets is not None and (tickets.dtype != torch.int32 or tickets.shape != (B * kv_heads,)):
         raise ValueError(f"step_attention: tickets are {tickets.dtype} {tuple(tickets.shape)}; int32 [{B * kv_heads}]")
+    least = start + 1 if isinstance(start, int) and not ring else 1
+    if reach is not None and reach < least:
+        raise ValueError(f"step_attention: reach {reach} is not {least} or more")
     stride = position_stride("step_attention", "start", start, B, qkv.device)
     if not B:
         return qkv.new_empty(0, heads * head_dim)
     options = {
         "scale": head_dim**-0.5 if scale is None else scale, "softcap": softcap, "window": window, "ring": ring,
-        "tickets": tickets, "config": config,
+        "tickets": tickets, "reach": reach, "config": config,
     }  # fmt: skip
     return _launch(qkv, k_cache, v_cache, start, stride, heads, kv_heads, rope, norm, mask, alibi, options)
 
@@ -249,8 +255,9 @@ def _launch(
     (B, cache_heads, capacity, head_dim), group = k_cache.shape, heads // kv_heads
     width = capacity if mask is None else min(capacity, mask.shape[3])
     window, cap, ring = options["window"], options["softcap"], options["ring"]
+    planned = width if options["reach"] is None else options["reach"]
     # what is scanned at most: of a ring, every slot
-    reach = capacity if ring else width if window is None else min(width, window)
+    reach = capacity if ring else planned if window is None else min(planned, window)
     reach = min(reach, start + 1) if isinstance(start, int) else reach
     config, sms = _settings(qkv, head_dim, group, reach, options["config"])
     limits = {key: config[key] for key in ("min_split", "programs_per_sm")}

@@ -26,6 +26,8 @@ class Layer(NamedTuple):
     filled: torch.Tensor
     tickets: torch.Tensor
     ring: bool = False
+    # planned for more than there is room for
+    reach: int = 256
 
     def append(self, keys, values):
         self.keys.index_copy_(2, self.start.view(1), keys)
@@ -95,11 +97,13 @@ def both(table, device, *, pairs=None, repeat=1, masked=False, softcap=None, bia
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_does_what_torch_does(case, table, device, monkeypatch):
     calls = []
-    monkeypatch.setattr(dsi_kernels, "step_attention", lambda *a, **k: calls.append(1) or step_attention(*a, **k))
+    monkeypatch.setattr(
+        dsi_kernels, "step_attention", lambda *a, **k: calls.append(k["reach"]) or step_attention(*a, **k)
+    )
     wanted, found = both(table, device, **CASES[case])
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
-    assert calls == [1]
+    assert calls == [256]
 
 
 def test_unlike_norms_are_torch_s(device, monkeypatch):
