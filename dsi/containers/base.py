@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, NormOp, Rope
-from dsi.containers.packing import AROUND, Packing
+from dsi.containers.packing import AROUND, Texts
 from dsi.containers.tables import TABLES, choose_ops
 from dsi.errors import PolicyError, UnsupportedModelError
 from dsi.policy import Call, Refusal, RotaryTable, Slot
@@ -63,7 +63,7 @@ class LayerCall(NamedTuple):
     rope: Rope | None
     causal: bool
     bias: Tensor | None = None
-    packed: Packing | None = None
+    packed: Texts | None = None
 
 
 def parked(parameter: nn.Parameter) -> Tensor:

@@ -17,7 +17,7 @@ from dsi.containers.activations import ACTIVATIONS
 from dsi.containers.linear import FusedLinear, has_bf16
 
 if TYPE_CHECKING:
-    from dsi.containers.packing import Packing
+    from dsi.containers.packing import Texts
 
 
 class Rope(NamedTuple):
@@ -376,16 +376,16 @@ class AtenOps:
         """Whether `attend_packed` runs where x is."""
         return x.device.type == "cpu"
 
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Packing, scale: float) -> Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Texts, scale: float) -> Tensor:
         """Attention of every token to those of its own text; q [1, heads, T, d], k and v [1, kv_heads, T, d].
 
         Returns [1, T, heads * d].
         """
-        starts = packed.starts.tolist()
+        starts = packed.bounds()
         # rows beyond the last text belong to none
         spans = [*itertools.pairwise(starts), (starts[-1], q.shape[2])]
         parts = [
-            self.attend(q[:, :, one:end], k[:, :, one:end], v[:, :, one:end], None, False, scale)
+            self.attend(q[:, :, one:end], k[:, :, one:end], v[:, :, one:end], None, packed.causal, scale)
             for one, end in spans
             if end > one
         ]

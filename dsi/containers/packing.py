@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import torch
@@ -96,7 +96,33 @@ class AnotherWay(RuntimeError):
     """A forward called its layers otherwise than the trace has it."""
 
 
-class Packing:
+class Texts:
+    """Rows that hold text after text, each of which is attended to by itself alone.
+
+    Attributes:
+        causal: a token sees those before it, not those after it.
+        starts: int32 [B + 1], each text's first row, and at last the row after the last text.
+    """
+
+    causal = False
+    starts: Tensor
+
+    @property
+    def longest(self) -> int:
+        """No text has more rows."""
+        raise NotImplementedError
+
+    def bounds(self) -> list[int]:
+        """`starts` on the host."""
+        bounds: list[int] = self.starts.tolist()
+        return bounds
+
+    def keep(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [1, kv_heads, T, d] to a layer of a cache."""
+        raise NotImplementedError
+
+
+class Packing(Texts):
     """Where each token stands among `total` rows, by a mask, and the way of the layers through their runs.
 
     Nothing here asks the device, so all of it can stand in a CUDA graph. Rows beyond the tokens are repeats of the
@@ -126,7 +152,6 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        """No row has more tokens."""
         return self.shape[1]
 
     def run(self, container: Container, call: LayerCall) -> Tensor:

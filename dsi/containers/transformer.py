@@ -152,14 +152,17 @@ class TransformerLayer(Container):
         """The queries, and all keys and values that there are, in the cache too where one is given."""
         places: dict[str, Any] = self._modules
         ops, norms, linear = self.ops, self.head_norms, places["qkv"]
-        kv = self._open_layer(call.cache) if self.repeat == 1 else None
+        apart = call.packed if call.cache is not None else None
+        kv = self._open_layer(call.cache) if self.repeat == 1 and apart is None else None
         qkv = ops.project(linear, normed)
         if kv is not None and (found := ops.split_into(qkv, self.shape, call.rope, norms, kv)) is not None:
             return found
         q, k, v = ops.split(qkv, self.shape, call.rope, norms)
         if self.repeat > 1:
             k, v = repeat_heads(k, self.repeat), repeat_heads(v, self.repeat)
-        if call.cache is not None:
+        if apart is not None:
+            apart.keep(call.cache.layers[self.facts["layer_idx"]], k, v)
+        elif call.cache is not None:
             k, v = call.cache.update(k, v, self.facts["layer_idx"])
         return q, k, v
 

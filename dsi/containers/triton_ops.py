@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsi.containers.launches import IN_GRAPH, PLANS, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
-from dsi.containers.packing import Packing
+from dsi.containers.packing import Texts
 from dsi.containers.triton_prompt import prompt_product
 from dsi.containers.triton_step import TritonStepOps
 
@@ -175,12 +175,12 @@ class TritonOps(TritonStepOps):
     def packs(self, x: Tensor) -> bool:
         return x.is_cuda
 
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Packing, scale: float) -> Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: Texts, scale: float) -> Tensor:
         import dsi_kernels
 
         # [T, heads, d], views of one row a token
         q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))
-        return dsi_kernels.varlen_attention(q, k, v, packed.starts, packed.longest, scale)[None]
+        return dsi_kernels.varlen_attention(q, k, v, packed.starts, packed.longest, scale, packed.causal)[None]
 
 
 class TritonLayerOps(TritonOps):

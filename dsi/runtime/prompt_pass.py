@@ -22,6 +22,7 @@ from dsi.containers.packing import AROUND
 from dsi.parallel import ShardedContainer
 from dsi.runtime.decode import DecodeRunner, Step
 from dsi.runtime.kv_cache import PreallocatedLayer, WindowedLayer
+from dsi.runtime.ragged import Ragged
 
 # arguments of the model that a pass reads, or that change nothing of the last position's logits
 _READ = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"})
@@ -53,15 +54,25 @@ class PromptPass:
     def __init__(self, step: Step, layers: list[Container]) -> None:
         self.step, self.layers = step, layers
 
-    def logits(self, ids: Tensor, positions: Tensor | None, cache: Any, last: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        cache: Any,
+        last: Tensor | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor:
         """Logits after the last position, [B, vocab].
 
         Args:
-            ids: int64 [B, S], no padding among them.
+            ids: int64 [B, S], no padding among them where it is not told.
             positions: int64 [1 or B, S], where they stand; None where the model does not ask.
             cache: has `layers`, in order, each empty; each holds S positions afterwards.
             last: int64 [1], the last position where others follow it that nobody will see; None for S - 1.
+            ragged: where the tokens are.
         """
+        if ragged is not None:
+            ids, positions = ragged.pack(ids), None if positions is None else ragged.pack(positions.expand_as(ids))
         step, hidden = self.step, ids
         for op in step.embed:
             hidden = op(hidden)
@@ -71,26 +82,26 @@ class PromptPass:
         rope = None if step.rope is None or positions is None else step.rope(hidden, positions).taken()
         for layer in self.layers:
             layer.__dict__["fused_calls"] += 1
-            hidden = layer.run(LayerCall(hidden, None, cache, rope, True))
+            hidden = layer.run(LayerCall(hidden, None, cache, rope, True, packed=ragged))
         # one row a text from here on
-        hidden = hidden[:, -1] if last is None else hidden.index_select(1, last)[:, 0]
+        if ragged is not None:
+            hidden = ragged.last(hidden)
+        else:
+            hidden = hidden[:, -1] if last is None else hidden.index_select(1, last)[:, 0]
         hidden = hidden.contiguous()
         for op in step.tail:
             hidden = op(hidden)
         return hidden
 
 
-def prompt_obstacle(runner: DecodeRunner, inputs: Mapping[str, Any], ids: Tensor, *, padded: bool) -> str:
+def prompt_obstacle(runner: DecodeRunner, inputs: Mapping[str, Any], ids: Tensor) -> str:
     """Why a prompt takes the model's own forward, or "".
 
     Args:
         runner: of the model; its `obstacle` is none.
         inputs: what generation gives the model beside the ids.
         ids: int64 [B, S].
-        padded: some of them are padding.
     """
-    if padded:
-        return "some of the prompt is padding"
     for name, value in inputs.items():
         if name not in _READ and value is not None and value is not False:
             return f"argument {name}"
@@ -118,3 +129,17 @@ def _layers_obstacle(runner: DecodeRunner, length: int) -> str:
     if any(isinstance(layer, ShardedContainer) for layer in layers):
         return "the layers are split over ranks"
     return "" if all(layer.facts["causal"] for layer in layers) else "a layer looks ahead"
+
+
+def ragged_obstacle(runner: DecodeRunner, inputs: Mapping[str, Any], ragged: Ragged) -> str:
+    """Why a prompt with padding takes the model's own forward, or "".
+
+    Args:
+        runner, inputs: of `prompt_obstacle`.
+        ragged: where the prompt's tokens are.
+    """
+    if any(layer.softcap is not None for layer in runner.containers()):
+        return "the scores are capped, and some of the prompt is padding"
+    if inputs.get("position_ids") is None and runner.placed:
+        return "some of the prompt is padding, and nobody says where the tokens stand"
+    return ragged.obstacle

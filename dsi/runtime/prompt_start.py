@@ -11,7 +11,8 @@ from torch import Tensor
 from dsi.containers.ops import Heads
 from dsi.runtime.decode import Step
 from dsi.runtime.prompt_graph import bucket, too_large
-from dsi.runtime.prompt_pass import PromptPass, PromptRoute, prompt_obstacle
+from dsi.runtime.prompt_pass import PromptPass, PromptRoute, prompt_obstacle, ragged_obstacle
+from dsi.runtime.ragged import Ragged
 from dsi.runtime.session import Session
 
 
@@ -39,15 +40,31 @@ class PromptStart:
             padded: some of them are padding.
         """
         session, on_gpu = self.session, self.session.on_cuda or self.session.graphs is not None
-        reason = prompt_obstacle(self.runner, self.inputs, ids, padded=padded) if on_gpu else "the model is on no GPU"
+        reason = prompt_obstacle(self.runner, self.inputs, ids) if on_gpu else "the model is on no GPU"
         if reason:
             session.last_prompt = PromptRoute(reason=reason)
             return None
+        if padded:
+            return self._ragged(ids)
         reason = self._bucket_obstacle(ids)
         if not reason and (logits := self._bucketed(ids)) is not None:
             return logits
         session.last_prompt = PromptRoute(own=True, reason=reason or "the cache has no room for a graph's length")
         return PromptPass(self.step, self.runner.containers()).logits(ids, self._positions(), self.cache).float()
+
+    def _ragged(self, ids: Tensor) -> Tensor | None:
+        """The logits of a prompt with padding, without it; None where the model's own forward must."""
+        mask: Tensor = self.inputs["attention_mask"]
+        if mask.shape != ids.shape:
+            self.session.last_prompt = PromptRoute(reason="the mask is not one of tokens")
+            return None
+        ragged = Ragged(mask)
+        reason = ragged_obstacle(self.runner, self.inputs, ragged)
+        self.session.last_prompt = PromptRoute(own=not reason, reason=reason or "some of the prompt is padding")
+        if reason:
+            return None
+        parts, positions = PromptPass(self.step, self.runner.containers()), self.inputs.get("position_ids")
+        return parts.logits(ids, positions, self.cache, ragged=ragged).float()
 
     def _positions(self) -> Tensor | None:
         """int64 [1 or B, S]."""

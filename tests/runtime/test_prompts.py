@@ -103,8 +103,39 @@ def test_a_prompt_beyond_a_window_takes_the_models_own_forward(prompts):
             assert pair.ours._dsi.last_prompt.reason == "the prompt is longer than a layer's window"
 
 
-def padded(pair: Pair) -> dict[str, Any]:
-    return inputs_for("llama", 3, 6, "left")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_ragged_prompt_is_computed_without_its_padding(family, forwards):
+    pair = Pair(tiny(family))
+    for seed, length in enumerate((7, 5, 12)):
+        given = inputs_for(family, 3, length, "left", seed=seed)
+        assert not given["attention_mask"].all()
+        pair.check(given)
+        route = pair.ours._dsi.last_prompt
+        assert (route.own and "padding" in route.reason) or route.reason == BIASED
+    assert len(forwards) == (0 if route.own else 3)
+
+
+def test_a_ragged_prompts_logits_are_the_models_own():
+    pair = llama()
+    given = inputs_for("llama", 3, 9, "left")
+    # holes too
+    given["attention_mask"][1, 5] = 0
+    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    wanted, found = (model.generate(**given, **settings) for model in (pair.stock, pair.ours))
+    assert pair.ours._dsi.last_prompt.own
+    assert torch.equal(wanted.sequences, found.sequences)
+    shown = given["attention_mask"].bool()
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found.past_key_values.layers, wanted.past_key_values.layers, strict=True):
+        for ours, stocks in ((one.keys, other.keys), (one.values, other.values)):
+            ours, stocks = (x[:, :, :9].transpose(1, 2) for x in (ours, stocks))
+            torch.testing.assert_close(ours[shown], stocks[shown], rtol=1e-5, atol=1e-5)
+            assert not ours[~shown].any()
+
+
+def ends_with_padding(pair: Pair) -> dict[str, Any]:
+    return inputs_for("llama", 3, 6, "right")
 
 
 def embedded(pair: Pair) -> dict[str, Any]:
@@ -121,7 +152,11 @@ def continued(pair: Pair) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(padded, "padding"), (embedded, "argument inputs_embeds"), (continued, "positions in the cache")],
+    [
+        (ends_with_padding, "ends with padding"),
+        (embedded, "argument inputs_embeds"),
+        (continued, "positions in the cache"),
+    ],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_what_takes_the_models_own_forward_says_why(how, words, forwards):
