@@ -12,6 +12,7 @@ import torch
 from dsi import attention_tuning
 from dsi.attention_tuning import FILLED, ROWS, Heads, candidates, heads_of, tune_attentions
 from dsi.config import load_config
+from dsi.containers.launches import IN_GRAPH
 from dsi.planner import make_plan
 from dsi.registry import Registry
 from dsi.tuning import Found
@@ -52,6 +53,20 @@ def test_settings_are_kept_for_what_is_measured() -> None:
     key = module.settings_key(64, 4, 2, 3, 1025)
     assert key == module.settings_key(64, 4, 2, 8, 8192) == "head_dim=64,group=4,bytes=2,rows=8,reach=8192"
     assert module.settings_key(64, 4, 2, 64, 10**6) == module.settings_key(64, 4, 2, 32, 32768)
+
+
+def test_products_beside_it_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(8, 16), torch.randn(4, 16)
+    assert torch.equal(attention_tuning._product(x, weight), x @ weight.mT)
+    seen: list[bool] = []
+
+    def product_of(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        seen.append(IN_GRAPH.get())
+        return lambda x, weight: x @ weight.mT + 1
+
+    monkeypatch.setattr(attention_tuning, "product_of", product_of)
+    assert torch.equal(attention_tuning._product(x, weight), x @ weight.mT + 1)
+    assert seen == [True]
 
 
 def test_short_caches_come_first_and_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
