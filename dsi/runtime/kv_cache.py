@@ -144,7 +144,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def move_out(self) -> None:
         """Other buffers, just as large as what is filled: somebody else writes to these."""
-        if not self._intact() or not self.is_initialized:
+        if not self.intact() or not self.is_initialized:
             self._forget()
             return
         length = self._length
@@ -160,7 +160,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def make_room(self, positions: int) -> None:
         """Other buffers, where these have no room for so many positions more or must not be written to."""
-        if not self._intact():
+        if not self.intact():
             self._adopt(positions)
         if self._length + positions > self.capacity or self._sealed():
             self._grow(self._length + positions)
@@ -193,7 +193,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def _make_room(self, batch: int, length: int) -> int:
         """The first new position; `length` more count as filled."""
-        if not self._intact():
+        if not self.intact():
             self._adopt(length)
         if batch != self._batch:
             raise InputError(
@@ -244,7 +244,7 @@ class PreallocatedLayer(DynamicLayer):
         self.values = self._shown_values = self._value_buffer.narrow(2, 0, self._length)
         return self.keys, self.values
 
-    def _intact(self) -> bool:
+    def intact(self) -> bool:
         """`keys` and `values` are still the views that were last shown."""
         return self.keys is self._shown_keys and self.values is self._shown_values
 
@@ -277,7 +277,7 @@ class PreallocatedLayer(DynamicLayer):
         """Drop the last positions; the count is negative, as transformers writes it."""
         if not self.is_initialized:
             return
-        if tokens_to_remove > 0 or not self._intact():
+        if tokens_to_remove > 0 or not self.intact():
             super().crop(tokens_to_remove)
         elif tokens_to_remove:
             self._length = max(self._length + tokens_to_remove, 0)
@@ -289,7 +289,7 @@ class PreallocatedLayer(DynamicLayer):
             return
         keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
         values = self.values.index_select(0, beam_idx.to(self.values.device))
-        if keys.shape == self.keys.shape and self._intact() and not self._sealed():
+        if keys.shape == self.keys.shape and self.intact() and not self._sealed():
             self.keys.copy_(keys)
             self.values.copy_(values)
         else:

@@ -163,10 +163,10 @@ class StepGraph:
         return logits
 
     def writes_to(self, layers: Sequence[PreallocatedLayer]) -> bool:
-        """Whether these layers' buffers are the graph's."""
-        pairs = zip(self.layers, layers, strict=True)
-        return all(seen.keys.data_ptr() == layer.buffers()[0].data_ptr() for seen, layer in pairs) and all(
-            layer.capacity == self.capacity for layer in layers
+        """Whether these layers' keys and values stand in the graph's buffers."""
+        return all(
+            layer.intact() and layer.capacity == self.capacity and layer.buffers()[0].data_ptr() == seen.keys.data_ptr()
+            for seen, layer in zip(self.layers, layers, strict=True)
         )
 
     def _count_from(self, length: int) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from dsi.runtime import fast_loop, graph_pool
 from dsi.runtime.cache_memory import place_of
+from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 from tests.runtime.test_graph_steps import GREEDY, Pair, graphs, llama, windowed  # noqa: F401
 from tests.support.models import inputs_for, tiny
@@ -35,6 +36,21 @@ def turns(pair: Pair, rows: tuple[int, ...], **arguments: Any) -> None:
 
 def held(pair: Pair) -> list[int]:
     return [block.nbytes for block in pair.ours._dsi.graphs._blocks]
+
+
+def check_tidy(pair: Pair) -> None:
+    """Nobody has memory that is lent to nobody; each number of rows has one view, and no graph writes elsewhere."""
+    pool = pair.ours._dsi.graphs
+    views = [(rows, view, block) for block in pool._blocks for rows, view in block.views.items()]
+    assert not any(block.lent for block in pool._blocks)
+    assert all(block.views for block in pool._blocks)
+    assert len({rows for rows, _, _ in views}) == len(views)
+    for rows, view, block in views:
+        place = place_of(view)
+        assert (place.rows, place.addresses) == (rows, block.addresses)
+        assert rows * max(place.capacities) <= block.positions
+    held = {place_of(view) for _, view, _ in views}
+    assert {place for _, place in pool._graphs} | {place for place, _ in pool.prompts._graphs.values()} <= held
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -70,6 +86,19 @@ def test_more_rows_than_ever_before_fit_where_their_positions_do(graphs, no_spar
     before = held(pair)
     turns(pair, (3, 8, 3, 8))
     assert held(pair) == before
+    check_tidy(pair)
+
+
+@pytest.mark.parametrize("spare", [0, 1 << 15, 1 << 26])
+def test_texts_of_any_shape_leave_it_tidy(spare, graphs, tight, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(graph_pool, "SPARE_BYTES", spare)
+    monkeypatch.setattr(graph_pool, "SPARE", 1 << 40)
+    pair = llama(max_position_embeddings=512)
+    for turn, (batch, length, new) in enumerate(
+        ((1, 6, 5), (1, 30, 60), (4, 6, 5), (1, 100, 9), (4, 40, 40), (2, 6, 80), (1, 6, 5), (7, 9, 30), (2, 150, 9))
+    ):
+        pair.check(inputs_for("llama", batch, length, seed=turn), max_new_tokens=new)
+        check_tidy(pair)
 
 
 @pytest.mark.parametrize("pad", [None, "left"])
@@ -124,6 +153,7 @@ def test_a_call_within_a_call_has_its_own(inner, graphs, no_spare):  # noqa: F81
         assert not any(block.lent for block in pool._blocks)
         # what the inner one had goes: the largest serves both from now on
         assert len(pool._blocks) == 1
+        check_tidy(pair)
     turns(pair, (5, 2, 1))
 
 
@@ -165,6 +195,9 @@ def test_results_that_have_the_cache_are_copies(graphs):  # noqa: F811
     assert all(torch.equal(one, layer.keys) for one, layer in zip(kept, first.past_key_values.layers, strict=True))
     # one for two rows, and one for each other number
     assert (made, len(graphs)) == (1, 3)
+    # not even by a text that there is room for
+    pair.check(inputs_for("llama", 2, 6), max_new_tokens=4)
+    assert all(torch.equal(one, layer.keys) for one, layer in zip(kept, first.past_key_values.layers, strict=True))
     # no more memory than the text has
     layer = first.past_key_values.layers[0]
     assert layer.capacity == layer.get_seq_length() == first.sequences.shape[1] - 1
@@ -186,12 +219,12 @@ def test_a_large_cache_that_is_returned_takes_the_memory_along(graphs, no_spare)
 
 def test_a_small_view_of_large_memory_is_copied(graphs, no_spare):  # noqa: F811
     pair = llama()
-    turns(pair, (8,))
+    turns(pair, (32,))
     before = held(pair)
     first = pair.check(inputs_for("llama", 1, 6), return_dict_in_generate=True)
-    kept = first.past_key_values.layers[0].keys.clone()
-    turns(pair, (8, 1))
-    assert held(pair) == before
+    kept, made = first.past_key_values.layers[0].keys.clone(), len(graphs)
+    turns(pair, (32, 1))
+    assert (len(graphs), held(pair)) == (made, before)
     assert torch.equal(first.past_key_values.layers[0].keys, kept)
 
 
@@ -240,6 +273,18 @@ def test_a_text_that_grows_out_of_the_memory_takes_its_place(graphs, no_spare, t
     assert small() is None
     assert len(held(pair)) == 1
     turns(pair, (2, 1, 2))
+
+
+def test_a_text_without_graphs_may_grow_out_of_the_memory(graphs, no_spare, tight, monkeypatch):  # noqa: F811
+    pair = llama(max_position_embeddings=512)
+    turns(pair, (1, 1))
+    given = inputs_for("llama", 1, 6, seed=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeRunner, "graph_obstacle", lambda self: "not today")
+        settings = {**GREEDY, "max_new_tokens": 60}
+        assert torch.equal(pair.ours.generate(**given, **settings), pair.stock.generate(**given, **settings))
+    turns(pair, (1, 1))
+    check_tidy(pair)
 
 
 def test_memory_that_is_outgrown_goes_layer_by_layer(graphs, no_spare, tight, monkeypatch):  # noqa: F811

@@ -664,6 +664,28 @@ def test_tokens_taken_back_between_steps():
     assert steps.taken == 5
 
 
+@torch.no_grad()
+def test_keys_that_somebody_exchanged_between_steps():
+    """And buffers that moved, as of a layer that was full."""
+    pair = llama()
+    steps = step_forward.step_forward(pair.ours, pair.ours._dsi, {})
+    ids, found = torch.arange(5, 25)[None], []
+    for forward in (steps, pair.stock):
+        cache = PreallocatedCache()
+        logits = [forward(input_ids=ids[:, :9], past_key_values=cache).logits[:, -1:]]
+        for at in range(9, 13):
+            given = {"input_ids": ids[:, at : at + 1], "attention_mask": torch.ones(1, at + 1, dtype=torch.int64)}
+            logits.append(forward(**given, past_key_values=cache).logits[:, -1:])
+            for layer in cache.layers:
+                if at == 10:
+                    layer.keys, layer.values = layer.keys.flip(2).clone(), layer.values.flip(2).clone()
+                if at == 11:
+                    layer.make_room(200)
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found)
+    assert steps.taken == 4
+
+
 def test_an_assistant_may_be_injected_too():
     pair, helper = llama(), tiny("llama", seed=7, num_hidden_layers=1)
     dsi.init_inference(helper)
