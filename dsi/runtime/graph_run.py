@@ -105,14 +105,16 @@ class GraphRun:
         """Whether there is a graph; it is set to the text, `tokens` int64 [B] to be fed first."""
         # the capture itself writes to the next position
         self._make_room()
-        text = self.text
+        text, length = self.text, self.cache.get_seq_length()
+        if length >= self.key.slots:
+            # more came than anybody had said
+            self.key = attrs.evolve(self.key, slots=rounded(length + 1, grown=True))
         graph = self.pool.get(self.model, self.runner, self.cache, self.key, text.reach)
         if graph is None:
             return False
         if self.runner.reads_whole_buffers():
             for layer in self.layers:
                 layer.clear_rest()
-        length = self.cache.get_seq_length()
         self.first_length = length - self.taken
         graph.begin(tokens, text.positions + self.taken, length, text.mask)
         graph.set_ends(text.end_ids, text.pad)

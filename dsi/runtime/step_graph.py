@@ -23,7 +23,7 @@ from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 
 
 class GraphLayer:
-    """A cache layer as a graph sees it: whole buffers, and on the device how much of them is filled.
+    """A cache layer as a graph sees it: the buffers up to its reach, and on the device how much of them is filled.
 
     Args:
         layer: whose buffers they are.
@@ -36,8 +36,10 @@ class GraphLayer:
     ring = False
 
     def __init__(self, layer: PreallocatedLayer, start: Tensor, filled: Tensor, reach: int) -> None:
-        self.keys, self.values = layer.buffers()
-        self.start, self.filled, self.reach = start, filled, reach
+        # of how many positions the buffers are is of no account: what reads all that it is shown has the same to read
+        shown = min(reach, layer.capacity)
+        self.keys, self.values = (buffer.narrow(2, 0, shown) for buffer in layer.buffers())
+        self.start, self.filled, self.reach, self.capacity = start, filled, reach, layer.capacity
         # for the kernel of a step's attention; it leaves them as it finds them
         self.tickets = torch.zeros(self.keys.shape[:2].numel(), dtype=torch.int32, device=self.keys.device)
 
@@ -99,7 +101,7 @@ class StepGraph:
         layers: list[Any] = cache.layers
         device, rows = layers[0].keys.device, key.batch
         self.key, self.step, self.reach = key, step, reach
-        self.capacity = min(layer.capacity for layer in layers)
+        self.capacity = min(key.slots, *(layer.capacity for layer in layers))
         # the latest text's last step: the next text may come on another stream
         self.done = torch.cuda.Event()
         integers = {"dtype": torch.int64, "device": device}
@@ -165,7 +167,7 @@ class StepGraph:
     def writes_to(self, layers: Sequence[PreallocatedLayer]) -> bool:
         """Whether these layers' keys and values stand in the graph's buffers."""
         return all(
-            layer.intact() and layer.capacity == self.capacity and layer.buffers()[0].data_ptr() == seen.keys.data_ptr()
+            layer.intact() and layer.capacity == seen.capacity and layer.buffers()[0].data_ptr() == seen.keys.data_ptr()
             for seen, layer in zip(self.layers, layers, strict=True)
         )
 

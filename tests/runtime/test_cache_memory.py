@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from dsi.runtime import fast_loop, graph_pool
+from dsi.runtime import fast_loop, graph_pool, step_forward
 from dsi.runtime.cache_memory import place_of
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
@@ -365,6 +365,26 @@ def test_a_short_text_after_a_long_one_has_its_own_graph(graphs):  # noqa: F811
     for length in (700, 6, 300):
         pair.check(inputs_for("llama", 1, length))
     assert len(graphs) == 5
+
+
+@torch.no_grad()
+def test_a_text_longer_than_anybody_had_said(graphs, monkeypatch):  # noqa: F811
+    """A loop that goes on beyond what it announced."""
+    monkeypatch.setattr(graph_pool, "ROUNDED_TO", 8)
+    pair = llama()
+    steps = step_forward.step_forward(pair.ours, pair.ours._dsi, {})
+    steps.slots = 12
+    ids, found = torch.arange(5, 35)[None], []
+    for forward in (steps, pair.stock):
+        cache = PreallocatedCache(capacity=64)
+        logits = [forward(input_ids=ids[:, :9], past_key_values=cache).logits[:, -1:]]
+        for at in range(9, 29):
+            given = {"input_ids": ids[:, at : at + 1], "attention_mask": torch.ones(1, at + 1, dtype=torch.int64)}
+            logits.append(forward(**given, past_key_values=cache).logits[:, -1:])
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found)
+    assert steps.taken == 20
+    assert [graph.capacity for graph in graphs] == [16, 24, 32]
 
 
 # --- the end ---------------------------------------------------------------------------------------------------
