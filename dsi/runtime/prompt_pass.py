@@ -18,6 +18,7 @@ import attrs
 from torch import Tensor
 
 from dsi.containers.base import Container, LayerCall
+from dsi.containers.ops import with_bias
 from dsi.containers.packing import AROUND
 from dsi.parallel import ShardedContainer
 from dsi.runtime.decode import DecodeRunner, Step
@@ -80,9 +81,14 @@ class PromptPass:
             hidden = hidden + step.positions[positions]
         # a kernel of a whole prompt wants the rows themselves
         rope = None if step.rope is None or positions is None else step.rope(hidden, positions).taken()
+        mask = None
+        if step.biases is not None:
+            # the same in all layers and rows
+            length = hidden.shape[1]
+            mask = with_bias(None, step.biases.additive(hidden.dtype, length), length, causal=True)
         for layer in self.layers:
             layer.__dict__["fused_calls"] += 1
-            hidden = layer.run(LayerCall(hidden, None, cache, rope, True, packed=ragged))
+            hidden = layer.run(LayerCall(hidden, mask, cache, rope, True, packed=ragged))
         # one row a text from here on
         if ragged is not None:
             hidden = ragged.last(hidden)
@@ -117,8 +123,6 @@ def _cache_obstacle(cache: Any, ids: Tensor) -> str:
 
 
 def _layers_obstacle(runner: DecodeRunner, length: int) -> str:
-    if runner.parts.alibi is not None:
-        return "the scores have position biases"
     if any(window is not None and window < length for window in runner.windows):
         return "the prompt is longer than a layer's window"
     if AROUND.get() is not None:
@@ -128,7 +132,9 @@ def _layers_obstacle(runner: DecodeRunner, length: int) -> str:
         return "not all layers are asked for"
     if any(isinstance(layer, ShardedContainer) for layer in layers):
         return "the layers are split over ranks"
-    return "" if all(layer.facts["causal"] for layer in layers) else "a layer looks ahead"
+    # biases come in a mask that says it
+    causal = runner.parts.alibi is not None or all(layer.facts["causal"] for layer in layers)
+    return "" if causal else "a layer looks ahead"
 
 
 def ragged_obstacle(runner: DecodeRunner, inputs: Mapping[str, Any], ragged: Ragged) -> str:
@@ -138,6 +144,8 @@ def ragged_obstacle(runner: DecodeRunner, inputs: Mapping[str, Any], ragged: Rag
         runner, inputs: of `prompt_obstacle`.
         ragged: where the prompt's tokens are.
     """
+    if runner.parts.alibi is not None:
+        return "the scores have position biases, and some of the prompt is padding"
     if any(layer.softcap is not None for layer in runner.containers()):
         return "the scores are capped, and some of the prompt is padding"
     if inputs.get("position_ids") is None and runner.placed:

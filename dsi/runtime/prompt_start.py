@@ -15,6 +15,9 @@ from dsi.runtime.prompt_pass import PromptPass, PromptRoute, prompt_obstacle, ra
 from dsi.runtime.ragged import Ragged
 from dsi.runtime.session import Session
 
+# positions of a prompt whose biases, of every head and pair of positions, a graph holds: 16 MiB at 32 heads
+MOST_BIASED = 512
+
 
 class PromptStart:
     """The prompt of one `generate` call.
@@ -87,6 +90,8 @@ class PromptStart:
             return "positions are given"
         if not self.runner.static_rope:
             return "the rotary terms depend on the text's length"
+        if self.runner.parts.alibi is not None and bucket(ids.shape[1]) > MOST_BIASED:
+            return f"biases of more than {MOST_BIASED} positions are not held for a graph"
         known = self.runner.learned_positions
         if known is not None and bucket(ids.shape[1]) > known:
             return "the graph would be longer than the positions that the model knows"

@@ -13,10 +13,10 @@ from dsi.runtime import prompt_graph, prompt_start
 from dsi.runtime.forward import Forward
 from dsi.runtime.prompt_graph import bucket
 from dsi.runtime.prompt_pass import PromptPass
-from tests.runtime.test_graph_steps import GREEDY, Nothing, Pair, graphs, llama, windowed  # noqa: F401
+from tests.runtime.test_graph_steps import BIASED, GREEDY, Nothing, Pair, graphs, llama, windowed  # noqa: F401
 from tests.support.models import CAUSAL, inputs_for, tiny
 
-BIASED = "the scores have position biases"
+BIASED_AND_PADDED = "the scores have position biases, and some of the prompt is padding"
 
 
 class Replayed:
@@ -67,8 +67,8 @@ def test_a_prompt_goes_past_the_models_own_forward(family, rows, forwards):
     for seed, length in enumerate((7, 1, 12)):
         pair.check(inputs_for(family, rows, length, seed=seed))
         route = pair.ours._dsi.last_prompt
-        assert route.own or route.reason == BIASED
-    assert len(forwards) == (0 if route.own else 3)
+        assert route.own
+    assert not forwards
     assert all(layer.stock_calls == 0 for layer in pair.ours.modules() if hasattr(layer, "stock_calls"))
 
 
@@ -111,8 +111,28 @@ def test_a_ragged_prompt_is_computed_without_its_padding(family, forwards):
         assert not given["attention_mask"].all()
         pair.check(given)
         route = pair.ours._dsi.last_prompt
-        assert (route.own and "padding" in route.reason) or route.reason == BIASED
+        assert (route.own and "padding" in route.reason) or route.reason == BIASED_AND_PADDED
     assert len(forwards) == (0 if route.own else 3)
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_prompts_of_scores_with_biases(family, prompts, forwards, monkeypatch):
+    torch.manual_seed(0)
+    pair = Pair(BIASED[family]().eval())
+    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    for turn, (rows, length) in enumerate(((1, 9), (3, 17), (1, 12), (1, 10), (3, 20))):
+        given = {"input_ids": inputs_for("llama", rows, length, seed=turn)["input_ids"]}
+        wanted, found = (model.generate(**given, **settings) for model in (pair.stock, pair.ours))
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=0, atol=1e-6)
+        route = pair.ours._dsi.last_prompt
+        assert route.own
+        assert route.graph is (turn > 1)
+    assert not forwards
+    assert len(prompts) == 2
+    monkeypatch.setattr(prompt_start, "MOST_BIASED", 16)
+    pair.check(given)
+    assert pair.ours._dsi.last_prompt.reason == "biases of more than 16 positions are not held for a graph"
+    assert pair.ours._dsi.last_prompt.own
 
 
 def test_a_ragged_prompts_logits_are_the_models_own():
