@@ -25,6 +25,11 @@ SETTINGS = {
     "max_position_embeddings": 4096,
 }
 ALLOWED = 1.05
+# bytes of keys and values of one position
+POSITION = (
+    2 * SETTINGS["num_hidden_layers"] * SETTINGS["num_key_value_heads"]
+    * SETTINGS["hidden_size"] // SETTINGS["num_attention_heads"] * 2
+)  # fmt: skip
 
 
 def _model() -> Any:
@@ -42,24 +47,52 @@ def _model() -> Any:
 
 @pytest.mark.parametrize(("rows", "prompt", "new"), [(1, 128, 128), (8, 96, 64), (4, 512, 128)])
 def test_peak_is_weights_and_cache(rows: int, prompt: int, new: int) -> None:
-    # the libraries' own workspaces, which every process has once
-    square = torch.ones(512, 512, device=DEVICE, dtype=torch.bfloat16)
-    (square @ square).sum().item()
-    del square
-    torch.cuda.empty_cache()
-    others = torch.cuda.memory_allocated()
+    others = _others()
     model = _model()
     weights = torch.cuda.memory_allocated() - others
     torch.cuda.reset_peak_memory_stats()
     engine = dsi.init_inference(model)
-    ids = torch.randint(4, SETTINGS["vocab_size"], (rows, prompt), device=DEVICE)
-    engine.generate(ids, max_new_tokens=new, do_sample=False)
+    _write(engine, rows, prompt, new)
+    share = (torch.cuda.max_memory_allocated() - others) / (weights + rows * (prompt + new) * POSITION)
+    assert share <= ALLOWED, f"{share:.3f} of weights and cache"
+
+
+def test_batch_sizes_that_alternate_share_their_memory() -> None:
+    """The largest text's, whichever come between; each is captured once, and says the same each time."""
+    others, order = _others(), (1, 8, 32, 1, 8, 32)
+    model = _model()
+    weights = torch.cuda.memory_allocated() - others
+    torch.cuda.reset_peak_memory_stats()
+    engine = dsi.init_inference(model)
+    first = {rows: _write(engine, rows, 32, 64) for rows in order}
+    share = (torch.cuda.max_memory_allocated() - others) / (weights + 32 * (32 + 64) * POSITION)
+    assert share <= ALLOWED, f"{share:.3f} of weights and cache"
+    pool, side = engine.module._dsi.graphs, torch.cuda.Stream()
+    graphs = dict(pool._graphs)
+    for turn, rows in enumerate(order):
+        # every second one on a stream that the last text was not written on
+        with torch.cuda.stream(side if turn % 2 else torch.cuda.current_stream()):
+            found = _write(engine, rows, 32, 64)
+        torch.cuda.synchronize()
+        assert torch.equal(found, first[rows])
+    assert dict(pool._graphs) == graphs
+
+
+def _others() -> int:
+    """Bytes of the libraries' own workspaces, which every process has once."""
+    square = torch.ones(512, 512, device=DEVICE, dtype=torch.bfloat16)
+    (square @ square).sum().item()
+    del square
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+def _write(engine: Any, rows: int, prompt: int, new: int) -> torch.Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(rows)
+    ids = torch.randint(4, SETTINGS["vocab_size"], (rows, prompt), device=DEVICE, generator=generator)
+    found: torch.Tensor = engine.generate(ids, max_new_tokens=new, do_sample=False)
     assert engine.module._dsi.last_route.graph, engine.module._dsi.last_route.reason
-    width = SETTINGS["hidden_size"] // SETTINGS["num_attention_heads"]
-    position = 2 * SETTINGS["num_hidden_layers"] * SETTINGS["num_key_value_heads"] * width * 2
-    cache = rows * (prompt + new) * position
-    peak = torch.cuda.max_memory_allocated() - others
-    assert peak <= ALLOWED * (weights + cache), f"{peak / (weights + cache):.3f} of weights and cache"
+    return found
 
 
 def test_captures_leave_nothing_behind() -> None:

@@ -18,7 +18,7 @@ from dsi.runtime import fast_loop, graph_pool, step_forward
 from dsi.runtime.cache_memory import place_of
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
-from tests.runtime.test_graph_steps import GREEDY, Pair, graphs, llama, windowed  # noqa: F401
+from tests.runtime.test_graph_steps import GREEDY, Nothing, Pair, graphs, llama, windowed  # noqa: F401
 from tests.support.models import inputs_for, tiny
 
 
@@ -155,6 +155,22 @@ def test_a_call_within_a_call_has_its_own(inner, graphs, no_spare):  # noqa: F81
         assert len(pool._blocks) == 1
         check_tidy(pair)
     turns(pair, (5, 2, 1))
+
+
+def test_the_next_text_waits_for_the_last(graphs, monkeypatch):  # noqa: F811
+    """It may come on another stream, with a graph of its own."""
+    pair, told = llama(), []
+    turns(pair, (8, 1))
+    monkeypatch.setattr(Nothing, "record", lambda self, stream=None: told.append(("written", self)))
+    monkeypatch.setattr(Nothing, "wait_event", lambda self, event: told.append(("waited", event)))
+    for rows in (8, 1):
+        (done,) = (block._done for block in pair.ours._dsi.graphs._blocks if rows in block.views)
+        told.clear()
+        turns(pair, (rows,))
+        about = [what for what, event in told if event is done]
+        assert about == ["waited", "written"]
+        # before the prompt as after the last step
+        assert (told[0], told[-1]) == (("waited", done), ("written", done))
 
 
 class Leaves:
