@@ -13,6 +13,7 @@ from dsi_kernels.bias_activation import bias_activation, bias_activation_referen
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
 from dsi_kernels.greedy_token import greedy_token, greedy_token_reference
+from dsi_kernels.group_norm import group_norm, group_norm_reference
 from dsi_kernels.input_flags import input_flags, input_flags_reference
 from dsi_kernels.layer_norm import layer_norm, layer_norm_reference
 from dsi_kernels.linear_fused import linear_fused, linear_fused_reference
@@ -46,6 +47,8 @@ __all__ = [
     "gated_activation_reference",
     "greedy_token",
     "greedy_token_reference",
+    "group_norm",
+    "group_norm_reference",
     "input_flags",
     "input_flags_reference",
     "layer_norm",

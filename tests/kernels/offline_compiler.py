@@ -43,6 +43,8 @@ def compile_only(report):
             shared=kernel.metadata.shared,
             warps=kernel.metadata.num_warps,
             async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+            # the last wait: a program without work has one of its own
+            copies_before_wait=len(re.findall(r"cp\.async\.c[ag]", ptx.rpartition("griddepcontrol.wait")[0])),
             accelerated=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
@@ -127,6 +129,24 @@ def prompts(case, half):
     dk.prompt_linear(x, weight, kind="silu", gated=True, config=blocks)
 
 
+def maps(case, half):
+    """Group norms in one launch, two and three, bare and with all that may be added."""
+    settings = {"block_c": 64, "num_warps": 4, "parts": 2, "shown": 2, "tile": 2048}
+    # groups of 16 channels, one of which 8 lanes read
+    for case_name, rows, launches in (
+        ("maps", 64, 2),
+        ("maps", 1024, 2),
+        ("maps", 1024, 3),
+        ("maps, one launch", 1024, 1),
+    ):
+        case(case_name)
+        x = torch.zeros(2, 64, 512, dtype=half).transpose(1, 2)
+        bias, addend = torch.zeros(512, dtype=half), torch.zeros(2, 1024, dtype=half)[:, 512:]
+        config = settings | {"hold": hold, "launches": launches}
+        dk.group_norm(x, bias, bias, 32, silu=True, config=config)
+        dk.group_norm(x, None, None, 32, x_bias=bias, addend=addend, residual=x, keep_sum=True, config=config)
+
+
 def few_rows(case, half):
     """A matrix times 3 rows and 32, whole and in parts, plain and gated."""
     case("skinny")
@@ -159,6 +179,7 @@ def launch_all(case):  # noqa: PLR0915 - one call after the other
     few_rows(case, half)
     forwards(case, half)
     prompts(case, half)
+    maps(case, half)
     steps(case, half)
     case("greedy token")
     ids, one = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)

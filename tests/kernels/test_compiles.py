@@ -64,6 +64,11 @@ def test_every_kernel_compiles(compiled):
         "_rope_kv_write_kernel",
         "_scores_kernel",
         "_skinny_kernel",
+        "group_apply_kernel",
+        "group_merge_kernel",
+        "group_moments_kernel",
+        "group_norm_held_kernel",
+        "group_norm_kernel",
         "step_attention_kernel",
         "_sum_kernel",
         "_sum_norm_kernel",
@@ -85,6 +90,10 @@ def test_a_step_of_a_split_context_draws_one_ticket(compiled):
 
 def test_rows_are_read_sixteen_bytes_at_a_time(compiled):
     assert all(facts["wide_loads"] for facts in compiled if facts["case"] == "norms")
+
+
+def test_maps_are_read_sixteen_bytes_at_a_time(compiled):
+    assert all(facts["wide_loads"] for facts in compiled if facts["case"] == "maps")
 
 
 def test_attention_reads_ahead_and_uses_the_tensor_cores_in_halves_alone(compiled):
@@ -132,6 +141,13 @@ def test_what_begins_early_waits_before_it_writes(dependent):
     assert {facts["kernel"] for facts in early} >= {"_matvec_kernel", "_skinny_kernel", "_rms_norm_kernel"}
     assert all(facts["waits"] for facts in early)
     assert not any(facts["stores_before_wait"] for facts in early)
+
+
+def test_a_step_asks_for_its_context_before_it_waits(dependent):
+    """Two tiles of the three that its stages hold; a wait before the loop leaves none of them."""
+    found = [facts for facts in dependent if facts["kernel"] == "step_attention_kernel"]
+    assert len(found) == 3
+    assert all(facts["copies_before_wait"] >= 16 for facts in found)
 
 
 def test_nothing_begins_early_unless_asked(compiled):
