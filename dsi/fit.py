@@ -39,6 +39,7 @@ ReasonCode = Literal[
     "tied",
     "shared",
     "attention",
+    "layout",
 ]
 
 CONV1D = "transformers.pytorch_utils:Conv1D"

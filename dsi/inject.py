@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -25,10 +26,12 @@ from dsi.containers.casting import Residue, cast_with_residue, is_lossless
 from dsi.containers.layouts import row_permutation
 from dsi.containers.linear import FusedLinear, Source, stack
 from dsi.containers.ops import NormOp
+from dsi.containers.packed_table import Packed as PackedWeight
+from dsi.containers.packed_table import PackedTable
 from dsi.errors import InjectionError, RestoreError
-from dsi.fit import submodule
+from dsi.fit import Reason, class_name, submodule
 from dsi.parallel import Group, LayerShard, ShardedContainer, SummedLinear, shard_layer, sharded_class, take
-from dsi.planner import BlockPlan, Plan, persistent_buffers
+from dsi.planner import BlockPlan, LeftPlan, Plan, TablePlan, persistent_buffers
 from dsi.policy import Keep, Norm, Packed, Slot
 from dsi.structure import Structure
 
@@ -46,8 +49,8 @@ class Step:
         undo: takes it back; right before, in the midst of and after `act`, and any number of times.
     """
 
-    act: Callable[[], None]
-    undo: Callable[[], None]
+    act: Callable[[], object]
+    undo: Callable[[], object]
 
 
 class Journal:
@@ -218,6 +221,8 @@ def _run_steps(model: nn.Module, injection: Injection) -> None:
     injection.at = ""
     if injection.plan.cast is not None:
         _cast_rest(model, injection)
+    for table in injection.plan.tables:
+        _pack_table(model, table, injection)
 
 
 def _kept(residues: Residues, plan: Plan, config: InferenceConfig) -> Residues:
@@ -444,6 +449,32 @@ def _keep(container: Container, place: str, slot: Keep, injection: Injection) ->
         if tensor.is_floating_point():
             _cast(tensor, injection)
     injection.journal.do(_entry(container._modules, place, stock))
+
+
+# --- a weight of two modules ------------------------------------------------------------------------------------------
+
+
+def _pack_table(model: nn.Module, planned: TablePlan, injection: Injection) -> None:
+    """Hold the weight that an embedding and a head share packed; where that cannot be, the plan says so."""
+    modules = [submodule(model, path, path) for path in planned.paths]
+    stock = modules[0]._parameters["weight"]
+    if stock is None or any(module._parameters["weight"] is not stock for module in modules):
+        raise InjectionError(f"{' and '.join(planned.paths)} share no weight since the plan was made")
+    held = None if injection.group is not None else PackedWeight.of(stock.data)
+    if held is None:
+        reason = Reason("layout", _UNREADABLE if injection.group is None else "the layers are split over ranks")
+        left = [
+            LeftPlan(path=path, original=class_name(module), bytes=stock.nbytes, reason=reason)
+            for path, module in zip(planned.paths, modules, strict=True)
+        ]
+        tables = tuple(table for table in injection.plan.tables if table is not planned)
+        injection.plan = attrs.evolve(injection.plan, tables=tables, left=(*injection.plan.left, *left))
+        return
+    table = PackedTable(stock)
+    injection.journal.do(Step(partial(table.pack_, held, modules), table.unpack_))
+
+
+_UNREADABLE = "the processor's packed layout gives back other rows, so an embedding cannot read it"
 
 
 # --- the rest of the model --------------------------------------------------------------------------------------------

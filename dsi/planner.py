@@ -18,6 +18,7 @@ from dsi.config import InferenceConfig
 from dsi.containers.base import Container
 from dsi.containers.casting import is_lossless
 from dsi.containers.linear import choose_form
+from dsi.containers.packed_table import may_join, packs_table
 from dsi.containers.tables import choose_ops
 from dsi.errors import ConfigError, PolicyError, UnsupportedModelError
 from dsi.fit import Fit, Reason, class_name, fit, submodule
@@ -98,6 +99,22 @@ class LeftPlan:
     reason: Reason
 
 
+@attrs.frozen(kw_only=True)
+class TablePlan:
+    """A weight that an embedding and a head share, and that will be held packed; see `dsi.containers.packed_table`.
+
+    Args:
+        paths: of the two modules.
+        shape: [rows, columns].
+        bytes_before, bytes_after: of the weight.
+    """
+
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+
 @attrs.frozen(eq=False, kw_only=True)
 class Plan:
     """What `init_inference` would do to one model.
@@ -109,6 +126,7 @@ class Plan:
             harms most.
         cast: the dtype that every floating parameter gets, or None where each keeps its own.
         blocks: layers that are replaced, in module order.
+        tables: weights shared by an embedding and a head that are held packed.
         left: everything else that has parameters.
         decode: the language model's parts for dsi's decode loop, or None.
         input_limit: the most positions one forward takes, or None where any length runs.
@@ -131,6 +149,7 @@ class Plan:
     rejected: Mapping[str, tuple[Rejected, ...]] = attrs.field(converter=_read_only)
     restorable: bool
     notes: tuple[str, ...]
+    tables: tuple[TablePlan, ...] = ()
 
     @property
     def why_nothing(self) -> str:
@@ -158,6 +177,7 @@ class Plan:
             "dtype_before": str(self.dtype_before).removeprefix("torch."),
             "dtype_after": str(self.dtype_after).removeprefix("torch."),
             "blocks": [_block_dict(block) for block in self.blocks],
+            "tables": [attrs.asdict(table) for table in self.tables],
             "left": [
                 {"path": x.path, "original": x.original, "bytes": x.bytes, "code": x.reason.code, "text": x.reason.text}
                 for x in self.left
@@ -280,7 +300,8 @@ class _Planner:
             dtype_after=self.cast or self.dtype_before,
             cast=self.cast,
             blocks=tuple(self.blocks),
-            left=tuple(self._left()),
+            tables=(tables := tuple(self._tables())),
+            left=tuple(self._left(tables)),
             decode=decode,
             decode_text=text,
             input_limit=self._input_limit(decode),
@@ -391,8 +412,29 @@ class _Planner:
         out_features, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
         return (out_features, in_features), choose_form(self.device, dtype, out_features, in_features)
 
-    def _left(self) -> Iterator[LeftPlan]:
-        replaced = {block.path for block in self.blocks}
+    def _tables(self) -> Iterator[TablePlan]:
+        """The embeddings and heads around layers that are replaced whose one weight can be held packed."""
+        inside = tuple(f"{block.path}." for block in self.blocks)
+        sharing: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in self.model.named_modules():
+            if inside and not path.startswith(inside) and may_join(module) and self.homes[id(module)] == 1:
+                sharing.setdefault(id(module._parameters["weight"]), []).append((path, module))
+        for weight_id, found in sharing.items():
+            weight: Any = found[0][1]._parameters["weight"]
+            if self.uses[weight_id] != 2 or {type(module) for _, module in found} != {nn.Embedding, nn.Linear}:
+                continue
+            dtype = self.cast or weight.dtype
+            here = self.device if self.assume_loaded else weight.device
+            if weight.is_contiguous() and packs_table(here, dtype, weight.shape):
+                yield TablePlan(
+                    paths=tuple(path for path, _ in found),
+                    shape=tuple(weight.shape),
+                    bytes_before=weight.nbytes,
+                    bytes_after=weight.numel() * dtype.itemsize,
+                )
+
+    def _left(self, tables: tuple[TablePlan, ...]) -> Iterator[LeftPlan]:
+        replaced = {block.path for block in self.blocks} | {path for table in tables for path in table.paths}
         ancestors = {path[:i] for path in replaced | self.reasons.keys() for i in range(len(path)) if path[i] == "."}
         ancestors |= {""} if replaced or self.reasons.keys() - {""} else set()
         yield from self._leave("", self.model, replaced, ancestors)

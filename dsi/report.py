@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dsi.planner import BlockPlan, LeftPlan, Plan
+    from dsi.planner import BlockPlan, LeftPlan, Plan, TablePlan
 
 
 def size(count: int) -> str:
@@ -27,6 +27,7 @@ def plan_table(plan: Plan) -> str:
     lines = [f"plan for {_short(plan.model)} on {plan.device}, {dtypes}: {len(plan.blocks)} layers replaced"]
     for _, group in groupby(plan.blocks, key=_signature):
         lines += _block_lines(list(group))
+    lines += [_table_line(table) for table in plan.tables]
     if plan.left:
         lines.append("left alone:")
         lines += [_left_line(entry) for entry in plan.left]
@@ -59,6 +60,12 @@ def _block_lines(blocks: list[BlockPlan]) -> list[str]:
             f"{' + '.join(slot.sources)}"
         )
     return lines
+
+
+def _table_line(table: TablePlan) -> str:
+    shape = " x ".join(str(n) for n in table.shape)
+    where, sizes = " + ".join(table.paths), f"{size(table.bytes_before)} -> {size(table.bytes_after)}"
+    return f"{where}: one weight, held packed, {shape}, {sizes}"
 
 
 def _left_line(entry: LeftPlan) -> str:

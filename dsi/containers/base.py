@@ -71,7 +71,7 @@ def parked(parameter: nn.Parameter) -> Tensor:
     return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
-class _NoGradients(torch.autograd.Function):
+class NoGradients(torch.autograd.Function):
     """The identity of `output`, and an error on the way back.
 
     Fused weights have no gradients, and to stop here without a word would train a part of the model.
@@ -203,7 +203,7 @@ class Container(nn.Module):
             return (self._without_gradients(source, output[0]), *output[1:])
         if not (isinstance(source, Tensor) and source.requires_grad):
             source = next((p for p in self.parameters() if p.requires_grad), None)
-        return output if source is None else _NoGradients.apply(source, output)
+        return output if source is None else NoGradients.apply(source, output)
 
     def _understand(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
         """The call in the container's terms, or None where only the original knows what it means."""
@@ -463,4 +463,4 @@ def _blank(container: type[Container], original: type[nn.Module]) -> Container:
     return cls.__new__(cls)
 
 
-__all__ = ["Container", "LayerCall", "NormOp", "fused_class", "parked"]
+__all__ = ["Container", "LayerCall", "NoGradients", "NormOp", "fused_class", "parked"]

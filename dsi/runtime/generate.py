@@ -181,7 +181,10 @@ def _check(model: Any, session: Session, given: Mapping[str, Any]) -> Prompt | N
 
 
 def _vocab_size(model: Any) -> int | None:
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    embedding = model.get_input_embeddings()
+    # a packed weight is no longer one once the attribute was read
+    own = getattr(embedding, "_parameters", {})
+    weight = own["weight"] if "weight" in own else getattr(embedding, "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
