@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 KEPT = 4
 # what blocks beside the largest may take while they are idle: a share of the weights, or this many bytes
 SPARE, SPARE_BYTES = 40, 1 << 26
+# times what is spared that is copied for a caller who gets the cache; more is given away where it fills half a block
+COPIED = 4
 # graphs that a model keeps: for batch sizes, reaches, kinds of mask, and ways to choose a token
 GRAPHS = 16
 # positions of all rows together that caches for graphs are rounded up to, and of one row at least, so that a longer
@@ -49,7 +51,7 @@ class GraphPool:
         self._model: tuple[Any, ...] = ()
         self._blocks: list[Block] = []
         self._memory: Any = None
-        # bytes that idle blocks may hold beside the largest, and that are copied for a caller who wants the cache
+        # bytes that idle blocks may hold beside the largest
         self._spare = 0
         self.prompts = PromptGraphs()
         # why no graph may be tried any more, and why the latest was not to be had
@@ -162,8 +164,8 @@ class GraphPool:
         layers: list[Any] = cache.layers
         place = place_of(cache)
         mine = place.addresses == block.addresses
-        share = place.rows * min(place.capacities) / block.positions if mine else 0.0
-        if share * block.nbytes > self._spare and 2 * share > 1:
+        share = place.rows * cache.get_seq_length() / block.positions if mine else 0.0
+        if share * block.nbytes > COPIED * self._spare and 2 * share > 1:
             self._remove(block)
             for layer in layers:
                 layer.stay()

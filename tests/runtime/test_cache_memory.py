@@ -223,8 +223,8 @@ def test_results_that_have_the_cache_are_copies(graphs):  # noqa: F811
 
 
 def test_a_large_cache_that_is_returned_takes_the_memory_along(graphs, no_spare):  # noqa: F811
-    pair = llama()
-    first = pair.check(inputs_for("llama", 2, 6), return_dict_in_generate=True)
+    pair = llama(max_position_embeddings=512)
+    first = pair.check(inputs_for("llama", 2, 90), return_dict_in_generate=True)
     kept = first.past_key_values.layers[0].keys.clone()
     assert held(pair) == []
     assert not pair.ours._dsi.graphs._graphs
