@@ -47,6 +47,22 @@ def test_a_thousand_steps(family: str, rows: int) -> None:
         assert torch.equal(engine.generate(**given, max_new_tokens=new, do_sample=False), chained)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_text_has_its_own_bits(rows: int) -> None:
+    """Whatever was before it: longer texts and more rows enlarge the cache, and leave other memory."""
+    stock = tiny("llama", dtype=torch.bfloat16, max_position_embeddings=2048).to(DEVICE)
+    given, found = _inputs("llama", rows, 90, None), []
+    settings = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for before in ((), ((rows, 1500),), ((8, 300), (1, 700), (rows, 5))):
+        engine = dsi.init_inference(copy.deepcopy(stock))
+        for count, length in before:
+            engine.generate(**_inputs("llama", count, length, None), max_new_tokens=30, do_sample=False)
+        for _ in range(2):
+            found.append(torch.stack(engine.generate(**given, **settings).logits))
+            assert engine.module._dsi.last_route.graph, engine.module._dsi.last_route.reason
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_two_hundred_shapes_in_any_order(family: str) -> None:
     """Texts of a model that decodes in graphs are those of the same model without."""
