@@ -101,6 +101,8 @@ class PromptInputs:
             self.last = torch.zeros(1, dtype=torch.int64, device=device)
         # by the number of rows: fp32 [B, vocab]
         self._logits: dict[int, Tensor] = {}
+        # shapes of ids whose kernels are compiled
+        self.compiled: set[torch.Size] = set()
         # the latest text's logits are taken: the next text may come on another stream
         self.done = torch.cuda.Event()
 
@@ -134,8 +136,15 @@ class BucketPrompt:
 
     def run(self, ids: Tensor) -> Tensor:
         """As a graph's `replay`, launch by launch: the same kernels over the same shapes, so the same bits."""
+        from dsi_kernels import compile_ahead
+
+        inputs, shape = self.inputs, self.ids.shape
         self._give(ids)
         with graph_kernels(dependent=False):
+            if shape not in inputs.compiled:
+                # all at once; what ran meanwhile ran on what the others would have written, and runs again
+                compile_ahead(self._run, inputs.device)
+                inputs.compiled.add(shape)
             logits = self._run().clone()
         self.inputs.done.record()
         return logits
