@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsi_kernels._pdl import begin, launch_options
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import activate, activate_reference, check_kind
+from dsi_kernels.activations import activate, activate_reference, check_kind, rounded_kind
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, check_row, shapes
 
 BLOCK = 1024
@@ -74,6 +74,6 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         block = min(BLOCK, triton.next_power_of_2(D))
         with torch.cuda.device_of(x):
             _bias_activation_kernel[(rows, triton.cdiv(D, block))](
-                x, bias, y, D, KIND=kind, BLOCK_D=block, **launch_options(x.device)
+                x, bias, y, D, KIND=rounded_kind(kind, x.dtype), BLOCK_D=block, **launch_options(x.device)
             )
     return y

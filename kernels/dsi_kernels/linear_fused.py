@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dsi_kernels._pdl import begin, launch_dependents, launch_options, wait
 from dsi_kernels._triton import tl, triton
-from dsi_kernels.activations import check_kind
+from dsi_kernels.activations import check_kind, rounded_kind
 from dsi_kernels.epilogue import finish, finish_reference
 from dsi_kernels.operands import check_contiguous, check_devices, check_dtypes, shapes
 from dsi_kernels.tuned import device_facts, launch_config
@@ -55,16 +55,13 @@ def linear_fused_reference(
 
 
 @triton.jit
-def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row tile, rows [BLOCK_M], columns [BLOCK_N]) of a program; GROUP_M row tiles pass over the columns together."""
+def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(row tile, column tile) of a program; GROUP_M row tiles pass over the columns together."""
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = tile // (GROUP_M * tiles_n) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     within = tile % (GROUP_M * tiles_n)
-    tile_m = first + within % height
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tile_m, m, n
+    return first + within % height, within // height
 
 
 @triton.jit
@@ -110,7 +107,8 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N]; or with SPLITS > 1 the sums of each part of K, [SPLITS, M, N], gated [SPLITS, M, 2 N], fp32."""
-    tile_m, m, n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split, k = tl.program_id(1), tl.arange(0, BLOCK_K)
     rows, columns = (m < M)[:, None], (n < N)[None, :]
     inside = rows & columns
@@ -195,7 +193,7 @@ def multiply(
     tiles = triton.cdiv(M, config["block_m"]) * triton.cdiv(N, config["block_n"])
     with torch.cuda.device_of(x):
         _linear_kernel[(tiles, splits)](
-            x, weight, bias, residual, y, M, N, K, KIND=kind, GATED=gated, SPLITS=splits,
+            x, weight, bias, residual, y, M, N, K, KIND=rounded_kind(kind, x.dtype), GATED=gated, SPLITS=splits,
             RAGGED=K % config["block_k"] != 0, BLOCK_M=config["block_m"], BLOCK_N=config["block_n"],
             BLOCK_K=config["block_k"], GROUP_M=config["group_m"], STAGES=config["stages"],
             num_warps=config["num_warps"], **launch_options(x.device),
@@ -267,7 +265,7 @@ def linear_fused(
     block = min(BLOCK, triton.next_power_of_2(N))
     with torch.cuda.device_of(x):
         _sum_kernel[(M, triton.cdiv(N, block))](
-            parts, bias, residual, y, M, N, KIND=kind, GATED=gated, SPLITS=splits, BLOCK_D=block,
+            parts, bias, residual, y, M, N, KIND=rounded_kind(kind, x.dtype), GATED=gated, SPLITS=splits, BLOCK_D=block,
             **launch_options(x.device),
         )  # fmt: skip
     return y

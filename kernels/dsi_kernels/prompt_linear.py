@@ -29,9 +29,9 @@ from torch import Tensor
 from dsi_kernels._launch import Launch, Launches, kind_of
 from dsi_kernels._pdl import SWITCH, begin, launch_options
 from dsi_kernels._triton import TensorDescriptor, tl, triton
-from dsi_kernels.activations import check_kind
+from dsi_kernels.activations import check_kind, rounded_kind
 from dsi_kernels.epilogue import finish
-from dsi_kernels.linear_fused import check_product, linear_fused_reference
+from dsi_kernels.linear_fused import check_product, linear_fused_reference, tile_of
 from dsi_kernels.tuned import device_facts, launch_config
 
 # values of the setting `choice`: a library's product and a kernel of its own for what follows, or this op
@@ -57,16 +57,6 @@ def prompt_linear_reference(
     return linear_fused_reference(x, weight, bias, kind=kind, gated=gated, residual=residual)
 
 
-@triton.jit
-def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and first column of this program's tile: GROUP_M row tiles pass over the columns together."""
-    tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first = tile // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
-
-
 # what changes with every prompt is no reason to compile again
 @triton.jit(do_not_specialize=["M"])
 def _prompt_linear_kernel(
@@ -79,7 +69,8 @@ def _prompt_linear_kernel(
     # without it the assembler of Triton 3.6 keeps a way around the loop, and has every product of tiles wait for the
     # one before: 700 us for 523 (gate and up of 2 x 11008 rows, M = 2048, H200)
     tl.assume(K > 0)
-    m0, n0 = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -167,7 +158,7 @@ def prompt_linear(
         M = x.numel() // K
         grid = (triton.cdiv(M, sizes["block_m"]) * triton.cdiv(N, sizes["block_n"]),)
         options = {"num_warps": sizes["num_warps"], **launch_options(x.device)}
-        fixed = (M, N, K, kind, gated, *_blocks(sizes), options.pop("PDL"))
+        fixed = (M, N, K, rounded_kind(kind, x.dtype), gated, *_blocks(sizes), options.pop("PDL"))
         return Launch(_prompt_linear_kernel, grid, fixed, options), sizes
 
     launch, sizes = _LAUNCHES.get(key, make)

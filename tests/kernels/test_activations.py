@@ -74,3 +74,21 @@ def test_extremes(kind, device):
     assert torch.equal(y[:5], torch.tensor([3e4, 1e30, 0.0, 0.0, float("inf")]))
     assert y[5].isnan()
     assert torch.equal(y[6:], torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_gelu_of_16_bit_has_the_exact_values_bits(dtype, spread, device):
+    torch.manual_seed(0)
+    x = (torch.randn(1 << 15) * spread).clamp(-4.5, 4.5).to(dtype)
+    exact = x.double() * torch.special.ndtr(x.double())
+    found = bias_activation(x.to(device), None, "gelu").cpu()
+    assert share_equal(found, exact.to(dtype)) > 0.998
+
+
+def test_gelu_of_16_bit_in_the_tails(device):
+    """Within a few of fp16's least numbers everywhere, beyond the polynomial's range too."""
+    x = torch.cat([-torch.linspace(3, 9, 4001), torch.linspace(3, 9, 4001), torch.tensor([-6e4, 6e4])]).half()
+    exact = x.double() * torch.special.ndtr(x.double())
+    found = bias_activation(x.to(device), None, "gelu").cpu().double()
+    assert bool(((found - exact).abs() <= exact.abs() * 2**-11 + 6 * 2**-24).all())
