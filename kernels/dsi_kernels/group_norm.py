@@ -7,19 +7,18 @@ with mean and variance over all pixels of a group's channels. Channels are side 
 a tall matrix [pixels, channels], and one program a group would keep few multiprocessors busy. Three ways:
 
     1 launch     one program per batch row and group, that reads its strip twice, or once where it fits the registers
-    2 launches   chunks of pixels times blocks of channels leave a mean and a sum of squares for each channel; whoever
-                 applies them adds up the channels of its groups first
-    3 launches   the same with the sums over the chunks taken once, by programs of their own: many chunks
+    2 launches   chunks of pixels times blocks of channels leave a mean and a sum of squares for each group that they
+                 have part of; whoever applies them merges the chunks first
+    3 launches   the same with the chunks merged once, by programs of their own: many chunks
 
-The chunks are taken by Welford's update in fp32, lane by lane, and merged by Chan's formula: a mean that is far from 0
-costs the digits that it costs x itself, where a sum of squares would lose all of them. The second reading begins with
-the rows that were read last, which the L2 cache still has. Moves 3 * B * N * C * itemsize bytes, 2 where the cache or
-the registers hold the map, memory bound. No atomics: same input, same output.
+Squares are taken in fp32 of distances from each channel's first pixel in a chunk, and merged by Chan's formula: a mean
+that is far from 0 costs the digits that it costs x itself, where a sum of squares would lose all of them. The second
+reading begins with the rows that were read last, which the L2 cache still has. Moves 3 * B * N * C * itemsize bytes, 2
+where the cache or the registers hold the map, memory bound. No atomics: same input, same output.
 
 Casting: the sum is rounded once, and normalised as rounded; statistics, scale and SiLU are in fp32, rounded once.
 
-Source: Wu & He 2018, https://arxiv.org/abs/1803.08494; Welford 1962, Technometrics 4 (3); Chan, Golub & LeVeque 1983,
-The American Statistician 37 (3).
+Source: Wu & He 2018, https://arxiv.org/abs/1803.08494; Chan, Golub & LeVeque 1983, The American Statistician 37 (3).
 """
 
 from __future__ import annotations
@@ -52,10 +51,8 @@ HOLD = 2
 LEAST_CHANNELS = 16
 # what becomes of the sum
 UNWANTED, X, WRITTEN = 0, 1, 2
-# channels, padded, that one program of the second launch adds up, and chunks of each
-MERGED_CHANNELS, MERGED_CHUNKS = 256, 64
-# elements of a chunk's sums that a program of the three launches reads at a time
-MERGED = 2048
+# parts that a program merges at a time, and the most that one of two launches does
+MERGED, MERGED_AT_MOST = 4096, 4096
 
 
 def group_norm_reference(
@@ -91,9 +88,9 @@ def group_norm_reference(
 def group_norm_config(x: Tensor) -> Mapping[str, int]:
     """The tuned settings for a map.
 
-    launches: 1, 2 or 3, where two become three for a block with too much to merge; hold: HOLD to make it one launch
-    where a group's strip fits the registers; block_c: channels of a block, at most; tile: elements that a program reads
-    at a time; num_warps; parts, shown: programs a multiprocessor that take the sums, and that apply them.
+    launches: 1, 2 or 3, where two become three with too much to merge; hold: HOLD to make it one launch where a group's
+    strip fits the registers; block_c: channels of a block, at most; tile, tiles: elements that are read at a time for
+    the sums, and how many such tiles a program takes; shown: elements that a program applies them to; num_warps.
     """
     size = max(x.nbytes, 1)
     shape = f"megabytes={1 << max(0, (size - 1).bit_length() - 20)}"
@@ -175,13 +172,6 @@ class _Map(NamedTuple):
         dividing = min(self.channels & -self.channels, most)
         return dividing if dividing >= LEAST_CHANNELS else min(most, triton.next_power_of_2(self.channels))
 
-    def span(self, sizes: Mapping[str, int], programs: int) -> int:
-        """Rows of one program, if so many share the map."""
-        block_c = self.block_c(sizes["block_c"])
-        block_n = max(1, sizes["tile"] // block_c)
-        shares = max(1, programs // (triton.cdiv(self.channels, block_c) * self.batch))
-        return triton.cdiv(triton.cdiv(self.rows, shares), block_n) * block_n
-
 
 class _Plan:
     """The launches for operands that are alike, their addresses apart.
@@ -257,25 +247,25 @@ def _plan(
 def _chunked(work: _Map, sizes: Mapping[str, int], total: int, device: torch.device) -> _Plan:
     """The plan of two launches or three."""
     B, N, C, width = work[:4]
-    processors = device_facts(device)[1]
-    chunk, step = (work.span(sizes, processors * sizes[name]) for name in ("parts", "shown"))
-    chunks, block_c = triton.cdiv(N, chunk), work.block_c(sizes["block_c"])
-    block_n, blocks = max(1, sizes["tile"] // block_c), triton.cdiv(C, block_c)
-    # channels of the groups that a block may have parts of
-    block_j = block_c if block_c % width == 0 else triton.next_power_of_2(block_c + 2 * (width - 1))
-    block_k = triton.next_power_of_2(chunks)
-    merges = sizes["launches"] == 2 and block_j <= MERGED_CHANNELS and block_k <= MERGED_CHUNKS
+    block_c = work.block_c(sizes["block_c"])
+    block_n, blocks, step = sizes["tile"] // block_c, triton.cdiv(C, block_c), sizes["shown"] // block_c
+    chunk = sizes["tiles"] * block_n
+    chunks = triton.cdiv(N, chunk)
+    # groups that a block may have channels of, and blocks that a group may
+    places = max(block_c // width, 1) if block_c % width == 0 or width % block_c == 0 else (block_c - 2) // width + 2
+    span = 1 if block_c % width == 0 else (width - 2) // block_c + 2
+    places, span = triton.next_power_of_2(places), triton.next_power_of_2(span)
+    merges = sizes["launches"] == 2 and chunks * places * span <= MERGED_AT_MOST
+    block_k = max(1, min(triton.next_power_of_2(chunks), MERGED // (span * (places if merges else 1))))
     options = launch_options(device) | {"num_warps": sizes["num_warps"]}
-    pdl, tile = options.pop("PDL"), (block_n, block_c)
+    pdl, sides = options.pop("PDL"), (width, places, span, block_k)
 
-    first = (N, C, work.stride, chunk, work.adds, *tile, pdl)
+    first = (N, C, work.stride, chunk, work.adds, width, places, block_n, block_c, pdl)
     launches = [Launch(group_moments_kernel, (chunks, blocks, B), first, options)]
     if not merges:
-        block = min(MERGED, triton.next_power_of_2(chunks * width))
-        second = (N, C, chunk, chunks, work.eps, width, block, pdl)
+        second = (N, C, chunk, chunks, work.eps, *sides, block_c, pdl)
         launches.append(Launch(group_merge_kernel, (C // width, B), second, options))
     adds = work.adds and total != WRITTEN
-    constants = (work.silu, merges, width, block_j, block_k, *tile, pdl)
-    last = (N, C, work.stride, chunk, chunks, work.eps, step, adds, *constants)
+    last = (N, C, work.stride, chunk, chunks, work.eps, adds, work.silu, merges, *sides, step, block_c, pdl)
     launches.append(Launch(group_apply_kernel, (triton.cdiv(N, step), blocks, B), last, options))
-    return _Plan(tuple(launches), total, (B, chunks, 2, C), (B, C // width, 2))
+    return _Plan(tuple(launches), total, (B, chunks, blocks, places, 2), (B, C // width, 2))

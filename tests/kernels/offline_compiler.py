@@ -131,7 +131,7 @@ def prompts(case, half):
 
 def maps(case, half):
     """Group norms in one launch, two and three, bare and with all that may be added."""
-    settings = {"block_c": 64, "num_warps": 4, "parts": 2, "shown": 2, "tile": 2048}
+    settings = {"block_c": 64, "num_warps": 4, "shown": 2048, "tile": 2048, "tiles": 1}
     # groups of 16 channels, one of which 8 lanes read
     case("maps")
     for hold, launches in ((2, 2), (1, 1), (1, 2), (1, 3)):
