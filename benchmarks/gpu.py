@@ -2,20 +2,21 @@
 
     python benchmarks/gpu.py --table decode [--out FILE.json] [--quick] [--only NAME ...] [--budget SECONDS]
 
-Tables: decode, which with its rivals takes five minutes, and ready, encoders, families, prefill, sampling and context,
-which take five together; several are written into the folder `--out`, a file each. Models have real sizes and random
-weights; every contender is timed in turns with the others, and the medians are compared. The floor of a token is the
-time in which its weights and cached positions are read at the bandwidth of a large copy, measured in the same run. A
-case is refused where our error against a float32 reference is above 1.2 times stock's own. The JSON is written after
-each case: a run that is cut short keeps what it had.
+Tables: ready, encoders, families, decode, prefill, sampling and context, ten minutes together; several are written into
+the folder `--out`, a file each, in which the cases that are not run stay what they were. Cases run in the order of
+`--only`, else model by model, so that each model is made once. Models have real sizes and random weights; every
+contender is timed in turns with the others, and the medians are compared. The floor of a token is the time in which its
+weights and cached positions are read at the bandwidth of a large copy, measured in the same run. A case is refused
+where our error against a float32 reference is above 1.2 times stock's own. The JSON is written after each case: a run
+that is cut short, by `--budget` or by SIGTERM, keeps what it had and names what it had no time for.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -28,9 +29,12 @@ from gpu_decode import context_cases, decode_cases, graph_times, sampling_cases,
 from gpu_forward import encoder_cases, family_cases, prefill_cases
 from gpu_models import DEVICE, Stage
 from gpu_ready import ready_cases
-from measure import Result, Sample, run
+from gpu_rivals import Rivals
+from measure import Case, Report, Result, Sample, Stopped, run_all
 
 Cases = dict[str, Callable[[], Result]]
+
+RIVALS = "beside torch.compile, which takes up to a minute a case: where a bar names it, wherever it can be, or nowhere"
 
 # in the order in which models are shared best
 TABLES: Mapping[str, Callable[..., Cases]] = MappingProxyType(
@@ -72,14 +76,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=["families"], help="what to measure")
     parser.add_argument("--out", type=Path, help="a JSON file, or a folder for a file each")
     parser.add_argument("--quick", action="store_true", help="few rounds, short texts: a smoke test, not a measurement")
-    parser.add_argument("--only", nargs="+", help="cases whose names begin so, e.g. llama-7b")
+    parser.add_argument("--only", nargs="+", help="cases whose names begin so, e.g. llama-7b, in this order")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case begins")
-    parser.add_argument("--no-rivals", action="store_true", help="without torch.compile, which takes a minute a case")
+    parser.add_argument("--rivals", choices=Rivals, type=Rivals, default=Rivals.BARS, help=RIVALS)
     return parser.parse_args()
 
 
-def _chosen(cases: Cases, only: list[str] | None) -> Cases:
-    return {name: case for name, case in cases.items() if only is None or name.startswith(tuple(only))}
+def _ordered(cases: list[Case], only: list[str] | None) -> list[Case]:
+    """The cases in the order of `only`, or those of a model together."""
+    chosen: dict[int, Case] = {}
+    for prefix in only or dict.fromkeys(case.name.split()[0] for case in cases):
+        chosen |= {id(case): case for case in cases if id(case) not in chosen and case.name.startswith(prefix)}
+    return list(chosen.values())
 
 
 def _file(out: Path | None, table: str, count: int) -> Path | None:
@@ -88,20 +96,25 @@ def _file(out: Path | None, table: str, count: int) -> Path | None:
     return out / f"{table}.json"
 
 
+def _stop(signum: int, _: object) -> None:
+    raise Stopped(signum)
+
+
 @torch.no_grad()
 def main() -> int:
     given = arguments()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py measures on a CUDA device, and torch finds none; benchmarks/cpu.py needs none")
     transformers.logging.set_verbosity_error()
-    stage, status, began = Stage(), 0, time.perf_counter()
-    options = {"quick": given.quick, "peak": ceilings(), "rivals": not given.no_rivals}
+    signal.signal(signal.SIGTERM, _stop)
+    stage = Stage()
+    options = {"quick": given.quick, "peak": ceilings(), "rivals": given.rivals}
+    cases: list[Case] = []
     for table in (name for name in TABLES if name in given.table):
-        cases = _chosen(TABLES[table](stage, **options), given.only)
-        left = given.budget - (time.perf_counter() - began)
-        out = _file(given.out, table, len(given.table))
-        status |= run(cases, ceilings=options["peak"], out=out, budget=left)
-    return status
+        report = Report(ceilings=options["peak"], out=_file(given.out, table, len(given.table)), keep=True)
+        known = TABLES[table](stage, **options)
+        cases += [Case(name=name, call=call, report=report) for name, call in known.items()]
+    return run_all(_ordered(cases, given.only), budget=given.budget)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from typing import Any
 import attrs
 import torch
 from gpu_models import DEVICE, Pair, Stage, check_route, check_steps
-from gpu_rivals import CompiledLoop
+from gpu_rivals import CompiledLoop, Rivals, tried
 from measure import Goal, Refused, Result, Sample, Writer, check_rms, token_times
 from torch import Tensor
 
 import dsi_kernels
 
 Peak = Mapping[str, float]
+# a token of stock `generate` takes 20 to 50 ms: so many of them are timed
+STOCK_NEW = 17
 
 
 @attrs.frozen(kw_only=True)
@@ -26,7 +28,7 @@ class Text:
         model: of `gpu_models.MODELS`.
         batch, prompt, new: rows, tokens of the prompt, tokens written.
         share: of the floor that must be reached.
-        compiles: how many times as fast as the compiled loop; None leaves that loop out, 0 sets no bar.
+        compiles: how many times as fast as the compiled loop; None leaves that loop out, 0 sets no bar (`Rivals.ALL`).
         stock: how many times as fast as stock `generate`; None leaves stock out, 0 sets no bar.
         step: milliseconds that a step may take.
         single: how many times the step of one row a step may take.
@@ -72,21 +74,24 @@ CONTEXTS = tuple(
 )
 
 
-def decode(stage: Stage, text: Text, *, quick: bool, peak: Peak, rivals: bool) -> Result:
+def decode(stage: Stage, text: Text, *, quick: bool, peak: Peak, rivals: Rivals) -> Result:
     """Greedy decoding: milliseconds a token, and the share of the time that reading weights and cache takes."""
     pair = stage.pair(text.model)
     ids, new = pair.ids(text.batch, text.prompt), 32 if quick else text.new
     check = check_steps(text.name, pair, ids)
     check_route(text.name, pair)
-    rounds = 3 if quick else 7
+    rounds = 3 if quick else 5
     writers = {"dsi": Writer(write=_writer(pair.engine, ids), long=new, rounds=rounds)}
     if text.stock is not None:
-        writers["stock"] = Writer(write=_writer(pair.stock, ids), long=min(new, 33), rounds=2)
+        writers["stock"] = Writer(write=_writer(pair.stock, ids), long=STOCK_NEW, rounds=2)
     if text.single is not None:
         writers["dsi, one row"] = Writer(write=_writer(pair.engine, ids[:1]), long=new, rounds=rounds)
-    facts: dict[str, Any] = {"rows": text.batch, "prompt": text.prompt, "new": new, "stock_new": min(new, 33)}
-    if rivals and text.compiles is not None:
-        loop = CompiledLoop(pair.stock, ids, text.prompt + new, tune=text.tune and not quick)
+    facts: dict[str, Any] = {"rows": text.batch, "prompt": text.prompt, "new": new, "stock_new": STOCK_NEW}
+    loop = None
+    if rivals.meet(text.compiles):
+        tune = text.tune and not quick
+        loop = tried(lambda: CompiledLoop(pair.stock, ids, text.prompt + new, tune=tune), facts)
+    if loop is not None:
         writers["torch.compile"] = Writer(write=loop, long=new, rounds=rounds)
         facts["compile_seconds"] = loop.seconds
         # not a bar: rounding differs, and one other token changes all that follow
@@ -147,14 +152,14 @@ def sampling(stage: Stage, model: str, *, bar: float | None, quick: bool, peak: 
     pair = stage.pair(model)
     ids, new = pair.ids(1, 128), 32 if quick else 128
     check = check_steps(name, pair, ids) | _check_draws(name, pair, ids)
-    rounds = 3 if quick else 7
+    rounds = 3 if quick else 5
     greedy = _writer(pair.engine, ids)
     writers = {"dsi greedy": Writer(write=greedy, long=new, rounds=rounds)}
     for kind, settings in DRAWS.items():
         drawn = _writer(pair.engine, ids, do_sample=True, **settings)
         writers[f"dsi {kind}"] = Writer(write=drawn, long=new, rounds=rounds)
     drawn = _writer(pair.stock, ids, do_sample=True, **DRAWS["top-k top-p"])
-    writers["stock"] = Writer(write=drawn, long=min(new, 33), rounds=2)
+    writers["stock"] = Writer(write=drawn, long=STOCK_NEW, rounds=2)
     times = token_times(writers, sync=torch.cuda.synchronize)
     base = times["dsi greedy"].median
     found = {kind: times[f"dsi {kind}"].median / base for kind in DRAWS}
@@ -262,18 +267,18 @@ def _between_events(run: Callable[[], object], *, quick: bool) -> list[float]:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def decode_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def decode_cases(stage: Stage, *, rivals: Rivals, **options: Any) -> dict[str, Callable[[], Result]]:
     return {text.name: partial(decode, stage, text, rivals=rivals, **options) for text in TEXTS}
 
 
-def sampling_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def sampling_cases(stage: Stage, *, rivals: Rivals, **options: Any) -> dict[str, Callable[[], Result]]:
     return {
         "llama-7b sampled": partial(sampling, stage, "llama-7b", bar=1.03, **options),
         "llama-1b sampled": partial(sampling, stage, "llama-1b", bar=None, **options),
     }
 
 
-def context_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def context_cases(stage: Stage, *, rivals: Rivals, **options: Any) -> dict[str, Callable[[], Result]]:
     shapes = [(heads, kv, width, length) for heads, kv, width in ((32, 32, 128), (32, 8, 128)) for length in LENGTHS]
     alone = {
         f"attention {heads}/{kv}x{width} at {length}": partial(attention, heads, kv, width, length, **options)

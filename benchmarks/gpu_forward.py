@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpu_decode import Text, decode
 from gpu_models import DEVICE, Stage, check_forward, check_steps
-from gpu_rivals import compiled_forward
+from gpu_rivals import Rivals, compiled_forward, tried
 from measure import Goal, Result, Sample, interleaved
 from torch import Tensor, nn
 
@@ -42,15 +42,23 @@ def _streams(contenders: Mapping[str, Callable[[], object]], *, rounds: int, bud
     return {contender: Sample.of([value / IN_A_ROW for value in values]) for contender, values in times.items()}
 
 
-def _compile(model: Any, call: Callable[[Any], object]) -> tuple[Any, float]:
-    """The compiled model, warm for this call, and what that took in seconds."""
-    compiled = compiled_forward(model)
+def _compiled(model: Any, call: Callable[[Any], object], facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """The compiled model as a contender, warm for this call; what that took in seconds goes into the facts."""
     started = time.perf_counter()
-    # compiles, records its graph, replays it
-    for _ in range(3):
-        call(compiled)
-    torch.cuda.synchronize()
-    return compiled, time.perf_counter() - started
+
+    def warm() -> Any:
+        compiled = compiled_forward(model)
+        # compiles, records its graph, replays it
+        for _ in range(3):
+            call(compiled)
+        torch.cuda.synchronize()
+        return compiled
+
+    compiled = tried(warm, facts)
+    if compiled is None:
+        return {}
+    facts["compile_seconds"] = time.perf_counter() - started
+    return {"torch.compile": partial(call, compiled)}
 
 
 def _flops(model: Any, rows: int, tokens: int, *, causal: bool) -> float:
@@ -67,7 +75,7 @@ def _flops(model: Any, rows: int, tokens: int, *, causal: bool) -> float:
 # --- prefill ------------------------------------------------------------------------------------------------------
 
 
-def prefill(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak, rivals: bool, bars: bool) -> Result:
+def prefill(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak, rivals: Rivals, bars: bool) -> Result:
     """A prompt's forward with its cache, the logits of the last position."""
     name, pair = f"{model} prefill 1x{tokens}", stage.pair(model)
     ids = pair.ids(1, tokens)
@@ -78,9 +86,8 @@ def prefill(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak, r
     check = check_forward(name, pair, call)
     contenders = {"stock": partial(call, pair.stock), "dsi": partial(call, pair.engine)}
     facts: dict[str, Any] = {"tokens": tokens}
-    if rivals:
-        compiled, facts["compile_seconds"] = _compile(pair.stock, call)
-        contenders["torch.compile"] = partial(call, compiled)
+    if rivals.meet(float(bars)):
+        contenders |= _compiled(pair.stock, call, facts)
     times = _samples(contenders, rounds=5 if quick else 15)
     rate = _flops(pair.stock, 1, tokens, causal=True) / times["dsi"].median / 1e9
     share = rate / peak["TFLOP/s bf16"]
@@ -89,7 +96,7 @@ def prefill(stage: Stage, model: str, tokens: int, *, quick: bool, peak: Peak, r
         name=name,
         unit="ms",
         times=times,
-        bars={"torch.compile": 1.0} if rivals and bars else {},
+        bars={"torch.compile": 1.0} if "torch.compile" in contenders else {},
         check=check,
         ceiling={"TFLOP/s": rate, "of the measured product rate": share},
         goals=goals,
@@ -122,7 +129,7 @@ def encoder(
     *,
     quick: bool,
     peak: Peak,
-    rivals: bool,
+    rivals: Rivals,
     compiles: float = 0,
     most: float | None = None,
     padded: bool = False,
@@ -149,9 +156,9 @@ def encoder(
     if padded:
         contenders["dsi, no padding"] = partial(call, pair.engine, None)
     facts: dict[str, Any] = {"rows": rows, "tokens": tokens, "real": rows * tokens if mask is None else int(mask.sum())}
-    if rivals:
-        compiled, facts["compile_seconds"] = _compile(pair.stock, partial(call, given=mask))
-        contenders["torch.compile"] = partial(call, compiled, mask)
+    # the bar of one row is a time, that of padding our own: both were set after the compiled model's
+    if rivals.meet(1):
+        contenders |= _compiled(pair.stock, partial(call, given=mask), facts)
     rounds = 10 if quick else 30
     times = _streams(contenders, rounds=rounds, budget=6)
     waited = _samples({"dsi": contenders["dsi"]}, rounds=rounds, budget=3)["dsi"]
@@ -159,7 +166,8 @@ def encoder(
     facts |= {"graph": route.graph, "packed": route.packed, "no_graph_because": route.reason}
     ours = times["dsi"].median
     rate = _flops(pair.stock, rows, tokens, causal=False) / ours / 1e9
-    bars = ({"torch.compile": compiles} if rivals and compiles else {}) | ({"dsi, no padding": 1.7} if padded else {})
+    wanted = {"torch.compile": compiles, "dsi, no padding": 1.7}
+    bars = {contender: bar for contender, bar in wanted.items() if bar and contender in contenders}
     return Result(
         name=name,
         unit="ms",
@@ -196,9 +204,9 @@ def family(stage: Stage, model: str, *, quick: bool, peak: Peak) -> Result:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def prefill_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def prefill_cases(stage: Stage, *, rivals: Rivals, **options: Any) -> dict[str, Callable[[], Result]]:
     def case(tokens: int, *, bars: bool) -> Callable[[], Result]:
-        return partial(prefill, stage, "llama-7b", tokens, rivals=rivals and bars, bars=bars, **options)
+        return partial(prefill, stage, "llama-7b", tokens, rivals=rivals, bars=bars, **options)
 
     lengths = (2048, 512, 128)
     whole = {f"llama-7b prefill 1x{tokens}": case(tokens, bars=tokens == max(lengths)) for tokens in lengths}
@@ -217,10 +225,10 @@ def encoder_cases(stage: Stage, **options: Any) -> dict[str, Callable[[], Result
     }
 
 
-def family_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def family_cases(stage: Stage, *, rivals: Rivals, **options: Any) -> dict[str, Callable[[], Result]]:
     cases: dict[str, Callable[[], Result]] = {}
     for model in DECODERS:
         text = Text(model=model, new=64, stock=1)
         cases[f"{model} forward 1x128"] = partial(family, stage, model, **options)
-        cases[text.name] = partial(decode, stage, text, rivals=False, **options)
+        cases[text.name] = partial(decode, stage, text, rivals=Rivals.NONE, **options)
     return cases

@@ -101,7 +101,7 @@ def _check(name: str, engine: Any, ids: torch.Tensor) -> dict[str, float]:
     return check_rms(f"{name} ready", stock.float()(read, logits_to_keep=8).logits, theirs, ours)
 
 
-def ready_cases(stage: Stage, *, rivals: bool, **options: Any) -> dict[str, Callable[[], Result]]:
+def ready_cases(stage: Stage, *, rivals: Any, **options: Any) -> dict[str, Callable[[], Result]]:
     return {"llama-7b ready": partial(ready, stage, "llama-7b", **options)}
 
 

@@ -6,12 +6,39 @@ transformers' documentation advise. What compiling costs is reported, and not co
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
+
+
+class Rivals(StrEnum):
+    """Which cases meet torch.compile."""
+
+    BARS = "bars"
+    ALL = "all"
+    NONE = "none"
+
+    def meet(self, bar: float | None) -> bool:
+        """Whether they do in a case with this bar; 0 is a case without one, None one that never meets them."""
+        if self is Rivals.NONE or bar is None:
+            return False
+        return bool(bar) or self is Rivals.ALL
+
+
+def tried(make: Callable[[], Any], facts: dict[str, Any]) -> Any:
+    """What `make` makes; None where torch.compile breaks, and `facts` say how: our own time is not lost with it."""
+    try:
+        return make()
+    except Exception as broken:  # noqa: BLE001
+        facts["compile_failed"] = f"{type(broken).__name__}: {str(broken)[:2000]}"
+        sys.stderr.write(f"torch.compile failed: {facts['compile_failed'][:600]}\n")
+        return None
 
 
 class CompiledLoop:

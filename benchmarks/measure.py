@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -277,6 +278,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "gpu": _gpu() if torch.cuda.is_available() else None,
+        "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -285,6 +287,17 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """What was measured: of DSI_COMMIT where the tree was carried without its history."""
+    if "DSI_COMMIT" in os.environ:
+        return os.environ["DSI_COMMIT"]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -343,6 +356,78 @@ def _verdict(result: Result) -> str:
     return "; ".join([*verdicts, *(f"{value:.3g} {name}" for name, value in result.ceiling.items())])
 
 
+@attrs.define(kw_only=True, eq=False)
+class Report:
+    """What one file holds: the cases of this run, and of earlier runs those that this one did not take up.
+
+    Args:
+        ceilings: what this machine was measured to be able to do.
+        out: where the JSON goes.
+        keep: the file's other cases stay in it; where not, it is written anew.
+    """
+
+    ceilings: Mapping[str, float]
+    out: Path | None
+    keep: bool = False
+    results: dict[str, Result] = attrs.field(init=False, factory=dict)
+    refused: dict[str, str] = attrs.field(init=False, factory=dict)
+    skipped: list[str] = attrs.field(init=False, factory=list)
+    _before: Mapping[str, Any] = attrs.field(init=False, factory=dict)
+    _environment: Mapping[str, Any] = attrs.field(init=False, factory=environment)
+
+    def __attrs_post_init__(self) -> None:
+        if self.keep and self.out is not None and self.out.exists():
+            self._before = json.loads(self.out.read_text(encoding="utf-8"))
+
+    def write(self) -> None:
+        """The file, if there is to be one."""
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self._document(), indent=2) + "\n", encoding="utf-8")
+
+    def show(self) -> None:
+        """Print the table of this run."""
+        print("\n".join(f"{name}: {value:.4g}" for name, value in self.ceilings.items()), end="\n\n")
+        print(table(self.results.values()))
+        for reason in self.refused.values():
+            print(f"REFUSED, nothing was measured: {reason}")
+        if self.skipped:
+            print(f"no time was left for: {', '.join(self.skipped)}")
+        if self.out is not None:
+            print(f"written to {self.out}")
+
+    def _document(self) -> dict[str, Any]:
+        names = ("versions", "gpu", "cpu", "commit", "time")
+        facts = {name: self._environment[name] for name in names} | {"ceilings": dict(self.ceilings)}
+        known = {kept.get("case", kept["name"]): kept for kept in self._before.get("results", ())}
+        # what was refused now is not what it was measured before
+        results = {case: kept for case, kept in known.items() if case not in self.refused}
+        for case, result in self.results.items():
+            results[case] = {"case": case, **result.to_dict(), "run": facts}
+        refused = {case: why for case, why in self._before.get("refused", {}).items() if case not in self.results}
+        skipped = [*self._before.get("skipped", ()), *self.skipped]
+        return {
+            "environment": self._environment,
+            "ceilings": dict(self.ceilings),
+            "results": list(results.values()),
+            "refused": refused | self.refused,
+            "skipped": [case for case in dict.fromkeys(skipped) if case not in results and case not in self.refused],
+        }
+
+
+class Stopped(BaseException):
+    """Raised by a signal's handler: what is under way ends, and what was found is reported."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Case:
+    """One line to be measured: its name, the function that checks and measures, and where the result goes."""
+
+    name: str
+    call: Callable[[], Result]
+    report: Report
+
+
 def run(
     cases: Mapping[str, Callable[[], Result]],
     *,
@@ -358,56 +443,44 @@ def run(
         out: where the JSON goes.
         budget: seconds after which no further case is begun.
     """
-    results: list[Result] = []
-    refused: dict[str, str] = {}
-    skipped: list[str] = []
+    report = Report(ceilings=ceilings, out=out)
+    report.write()
+    return run_all([Case(name=name, call=call, report=report) for name, call in cases.items()], budget=budget)
+
+
+def run_all(cases: Sequence[Case], *, budget: float = float("inf")) -> int:
+    """Run the cases in this order, whatever their reports; otherwise as `run`."""
     began = time.perf_counter()
-    for name, case in cases.items():
-        if time.perf_counter() - began > budget:
-            skipped.append(name)
-            continue
-        # progress, so that a long run does not look dead
-        sys.stderr.write(f"{name} ...\n")
-        started = time.perf_counter()
-        _one(name, case, results, refused)
-        sys.stderr.write(f"{name}: {time.perf_counter() - started:.1f} s\n")
-        if out is not None:
-            _write(out, ceilings, results, refused, skipped)
-    print("\n".join(f"{name}: {value:.4g}" for name, value in ceilings.items()), end="\n\n")
-    print(table(results))
-    for reason in refused.values():
-        print(f"REFUSED, nothing was measured: {reason}")
-    if skipped:
-        print(f"no time was left for: {', '.join(skipped)}")
-    if out is not None:
-        _write(out, ceilings, results, refused, skipped)
-        print(f"written to {out}")
-    return 1 if refused else 0
-
-
-def _one(name: str, case: Callable[[], Result], results: list[Result], refused: dict[str, str]) -> None:
+    left = list(cases)
     try:
-        results.append(case())
+        while left and time.perf_counter() - began <= budget:
+            _one(left[0])
+            left.pop(0)
+    except Stopped:
+        sys.stderr.write(f"stopped within {left[0].name}\n")
+    for case in left:
+        case.report.skipped.append(case.name)
+    reports = list(dict.fromkeys(case.report for case in cases))
+    for report in reports:
+        report.write()
+        report.show()
+    return int(any(report.refused for report in reports))
+
+
+def _one(case: Case) -> None:
+    # progress, so that a long run does not look dead
+    sys.stderr.write(f"{case.name} ...\n")
+    name, report, started = case.name, case.report, time.perf_counter()
+    try:
+        report.results[name] = case.call()
         # a run that is cut short has shown what it had
-        sys.stderr.write("\n".join(_lines(results[-1])) + "\n")
+        sys.stderr.write("\n".join(_lines(report.results[name])) + "\n")
     except Refused as reason:
-        refused[name] = str(reason)
+        report.refused[name] = str(reason)
         sys.stderr.write(f"REFUSED: {reason}\n")
     # a case that breaks must not cost the results of the others, on a machine that was lent for one run
     except Exception as broken:  # noqa: BLE001
         traceback.print_exc()
-        refused[name] = f"{name}: {type(broken).__name__}: {broken}"
-
-
-def _write(
-    out: Path, ceilings: Mapping[str, float], results: list[Result], refused: Mapping[str, str], skipped: list[str]
-) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "environment": environment(),
-        "ceilings": dict(ceilings),
-        "results": [result.to_dict() for result in results],
-        "refused": dict(refused),
-        "skipped": skipped,
-    }
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        report.refused[name] = f"{name}: {type(broken).__name__}: {broken}"
+    sys.stderr.write(f"{name}: {time.perf_counter() - started:.1f} s\n")
+    report.write()

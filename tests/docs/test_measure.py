@@ -83,3 +83,44 @@ def test_a_token_is_what_many_cost_beyond_one(measure, monkeypatch):
     }
     times = measure.token_times(writers, sync=lambda: None)
     assert (times["dsi"].median, times["slow"].median) == (250.0, 250.0)
+
+
+def _run(measure, out, names, **options):
+    report = measure.Report(ceilings={"GB/s": 1.0}, out=out, keep=True)
+    cases = [measure.Case(name=name, call=call, report=report) for name, call in names.items()]
+    return measure.run_all(cases, **options), json.loads(out.read_text())
+
+
+def test_a_later_run_replaces_its_own_cases_alone(measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSI_COMMIT", "first")
+    out = tmp_path / "table.json"
+
+    def refuse():
+        raise measure.Refused("wrong")
+
+    first = {"a": lambda: _result(measure, "a 1x8"), "b": lambda: _result(measure, "b"), "c": refuse}
+    _run(measure, out, first)
+    _run(measure, out, {"d": refuse}, budget=-1)
+    monkeypatch.setenv("DSI_COMMIT", "second")
+    status, found = _run(measure, out, {"b": refuse, "a": lambda: _result(measure, "a 1x8", 3.0)})
+    assert status == 1
+    assert [(kept["case"], kept["times"]["dsi"]["median"], kept["run"]["commit"]) for kept in found["results"]] == [
+        ("a", 3.0, "second")
+    ]
+    assert set(found["refused"]) == {"b", "c"}
+    assert found["skipped"] == ["d"]
+    _, found = _run(measure, out, {"d": lambda: _result(measure, "d")})
+    assert [kept["run"]["commit"] for kept in found["results"]] == ["second", "second"]
+    assert found["skipped"] == []
+
+
+def test_a_run_that_is_stopped_reports_what_it_had(measure, tmp_path, capsys):
+    def stop():
+        raise measure.Stopped
+
+    names = {"a": lambda: _result(measure, "a"), "b": stop, "c": lambda: _result(measure, "c")}
+    status, found = _run(measure, tmp_path / "table.json", names)
+    assert status == 0
+    assert [kept["case"] for kept in found["results"]] == ["a"]
+    assert found["skipped"] == ["b", "c"]
+    assert "no time was left for: b, c" in capsys.readouterr().out
