@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dsi.runtime.forward_pool import BadIds, ForwardPool, NoGraph, refuse
+from dsi.runtime.forward_pool import BadIds, ForwardPool, Later, NoGraph, refuse
 from dsi.runtime.limits import check_ids
 from dsi.runtime.model_parts import ModelParts
 from dsi.runtime.session import ATTRIBUTE, Session
@@ -106,25 +106,39 @@ class Forward:
             return self._without(session, (), given, wrong, given)
         with pool.lock:
             try:
-                result = pool.run(key, given)
+                return self._pooled(session, pool, given, key)
             except BadIds:
                 check_ids("forward", given["input_ids"].reshape(-1, given["input_ids"].shape[-1]), pool.vocab)
                 raise
             except NoGraph as error:
-                call = functools.partial(self._without, session, (), given, str(error), given)
-                return pool.time(key, call)
-            session.last_forward = ForwardRoute(True, pool.packing)
-            return result
+                result = self._without(session, (), given, str(error), given)
+                pool.remember(key, error)
+                return result
 
-    def _without(
-        self, session: Session, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str, given: Mapping[str, Any]
-    ) -> Any:
-        """The class's forward, and why it is no graph."""
+    def _pooled(self, session: Session, pool: ForwardPool, given: dict[str, Any], key: Any) -> Any:
+        """As a graph; or, where a later call may be one, by the launches that it will hold."""
+        try:
+            result, reason = pool.run(key, given), ""
+        except Later as error:
+            reason = str(error)
+            self._admit(session, reason, given)
+            result = pool.launch(key, given)
+        session.last_forward = ForwardRoute(not reason, pool.packing, reason)
+        return result
+
+    def _admit(self, session: Session, reason: str, given: Mapping[str, Any]) -> None:
+        """Nothing where a call may run without a graph: none is required, and ids that are to be checked are right."""
         if session.config.enable_cuda_graph is True and not session.running:
             raise refuse(reason)
         ids, vocab = given.get("input_ids"), CHECKED.get()
         if vocab is not None and isinstance(ids, Tensor) and ids.dim() > 1:
             check_ids("forward", ids.flatten(0, -2), vocab)
+
+    def _without(
+        self, session: Session, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str, given: Mapping[str, Any]
+    ) -> Any:
+        """The class's forward, and why it is no graph."""
+        self._admit(session, reason, given)
         session.last_forward = ForwardRoute(reason=reason)
         return type(self.model).forward(self.model, *args, **kwargs)
 

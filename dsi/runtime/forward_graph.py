@@ -42,6 +42,19 @@ class Flags:
     visible: int
 
 
+def mask_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The mask of positions, [B, S], among a call's arguments; None where there is none of this form."""
+    mask = given.get(MASK)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def flags_of(mask: Tensor) -> Flags:
+    """What a mask says, by torch; waits for the device."""
+    shown = mask != 0
+    visible, starts = torch.stack([shown.sum(), shown[:, :1].sum()]).tolist()
+    return Flags(False, starts < shown[:, :1].numel(), visible)
+
+
 class ForwardGraph:
     """One captured forward.
 
@@ -118,9 +131,9 @@ class Inputs:
                 dict(given), lambda x: torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
             )
             self.flat = tensors(self.static)
-            ids, mask = self.static.get(IDS), self.static.get(MASK)
+            ids = self.static.get(IDS)
             self.ids = ids if vocab is not None and isinstance(ids, Tensor) else None
-            self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self.mask = mask_of(self.static)
             self.safe = None if self.ids is None else torch.zeros_like(self.ids)
             self._number = torch.zeros(1, dtype=torch.int64, device=device)
             self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")

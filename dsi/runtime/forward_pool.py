@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsi.containers.launches import graph_kernels
 from dsi.errors import UnsupportedModelError
 from dsi.runtime.capture import end_failed_capture
-from dsi.runtime.forward_graph import MASK, ForwardGraph, Inputs
+from dsi.runtime.forward_graph import MASK, Flags, ForwardGraph, Inputs, flags_of, mask_of
 from dsi.runtime.model_parts import ModelParts
+from dsi.runtime.trees import tensors
 from dsi.runtime.unpadded import Unpadded, bucket, worth_packing
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,16 @@ class NoGraph(Exception):
     """A call runs without a graph; the message says why."""
 
 
-class Anew(NoGraph):
+class Later(NoGraph):
+    """A later call of the same structure may be a graph; this one launches what that graph will hold."""
+
+
+class Anew(Later):
     """All graphs were dropped; the next call makes new ones."""
+
+
+class Unlaunched(NoGraph):
+    """What a graph would hold cannot be launched, or the call is wrong."""
 
 
 class BadIds(Exception):
@@ -68,6 +77,8 @@ class ForwardPool:
         self._graphs: OrderedDict[Any, ForwardGraph] = OrderedDict()
         self._guess: dict[Any, Any] = {}
         self._seen: OrderedDict[Any, Any] = OrderedDict()
+        # kinds of structures whose kernels are compiled
+        self._compiled: set[Any] = set()
         self._failed: dict[Any, str] = {}
         self._memory: Any = None
         self._reserved = 0
@@ -83,6 +94,7 @@ class ForwardPool:
             given: arguments by name.
 
         Raises:
+            Later: this call must run without, by `launch`.
             NoGraph: this call must run without.
             BadIds: an id is out of range.
         """
@@ -111,7 +123,7 @@ class ForwardPool:
         if flags.bad:
             inputs.done()
             raise BadIds
-        form = self._form(key, inputs, flags)
+        form = self._form(key, inputs.mask, inputs.arguments(), flags)
         graph = self._graphs.get((key, form))
         if graph is None:
             graph = self._captured(key, form, inputs)
@@ -124,35 +136,77 @@ class ForwardPool:
         inputs.done()
         return result
 
+    def launch(self, key: Any, given: Mapping[str, Any]) -> Any:
+        """As a graph's replay, launch by launch: the same kernels in the same form, so the same bits.
+
+        Args:
+            key: the structure of the arguments.
+            given: arguments by name; ids are in range.
+
+        Raises:
+            Unlaunched: it failed; where torch's own launches do not, tell `remember`.
+        """
+        try:
+            return self._launched(key, given)
+        # whatever a compiler or a launcher raises, and the model itself: it will once more where it is at fault
+        except Exception as error:
+            raise Unlaunched(f"launching a forward's kernels failed: {error}") from error
+
+    def remember(self, key: Any, error: NoGraph) -> None:
+        """The structure's calls run without a graph from now on, where launching what it would hold failed."""
+        if isinstance(error, Unlaunched):
+            self._failed[key] = str(error)
+            logger.warning("%s", error)
+
+    def _launched(self, key: Any, given: Mapping[str, Any]) -> Any:
+        names, mask = _structure(key), mask_of(given)
+        # nothing begins early: weights may change between two launches that no graph holds
+        with torch.no_grad(), graph_kernels(dependent=False):
+            self._compile(names, given)
+            form = "plain" if mask is None else self._form(key, mask, given, flags_of(mask))
+            run = self._forward_of(form, names, given)
+            self.packing = isinstance(form, int)
+            return self._time(key, run)
+
+    def _compile(self, names: Any, given: Mapping[str, Any]) -> None:
+        """What a structure of another size may need compiled, all at once."""
+        from dsi_kernels import compile_ahead
+
+        # settings go by powers of two, and code by whether sizes are multiples of 16
+        sizes = [(x.dtype, x.numel().bit_length(), [size % 16 == 0 for size in x.shape]) for x in tensors(given)]
+        kind = names, str(sizes)
+        if kind not in self._compiled:
+            self._compiled.add(kind)
+            compile_ahead(lambda: self._stock(given), self.device)
+
     # --- which graph ------------------------------------------------------------------------------------------
 
-    def _form(self, key: Any, inputs: Inputs, flags: Any) -> Any:
+    def _form(self, key: Any, mask: Tensor | None, given: Mapping[str, Any], flags: Flags) -> Any:
         """ "full", a mask that hides nothing and is left out; rows of a packed forward; or "plain"."""
-        mask = inputs.mask
         if mask is None:
             return "plain"
         names = _structure(key)
         if flags.visible == mask.numel():
-            with torch.no_grad(), graph_kernels():
-                same = self.unpadded.maskless(self._stock, inputs.arguments(), names, self._padding)
+            with torch.no_grad(), graph_kernels(dependent=False):
+                same = self.unpadded.maskless(self._stock, given, names, self._padding)
             return "full" if same else "plain"
         rows = bucket(flags.visible, mask.numel())
         if flags.hidden or not worth_packing(rows, mask.numel()):
             return "plain"
         if not self.unpadded.tried(names):
-            with torch.no_grad(), graph_kernels():
-                self.unpadded.try_packing(self._stock, inputs.arguments(), rows, names)
+            with torch.no_grad(), graph_kernels(dependent=False):
+                self.unpadded.try_packing(self._stock, given, rows, names)
         return rows if self.unpadded.stops(names) else "plain"
 
     def _stock(self, given: Mapping[str, Any]) -> Any:
         return self._call(self._model, **given)
 
-    def _forward_of(self, form: Any, names: Any, inputs: Inputs) -> Callable[[], Any]:
+    def _forward_of(self, form: Any, names: Any, given: Mapping[str, Any]) -> Callable[[], Any]:
         if form == "plain":
-            return lambda: self._stock(inputs.arguments())
+            return lambda: self._stock(given)
         if form == "full":
-            return lambda: self._stock(inputs.arguments(**{MASK: None}))
-        return lambda: self.unpadded.packed(self._stock, inputs.arguments(), form, names)
+            return lambda: self._stock({**given, MASK: None})
+        return lambda: self.unpadded.packed(self._stock, given, form, names)
 
     # --- making and dropping ----------------------------------------------------------------------------------
 
@@ -167,12 +221,10 @@ class ForwardPool:
             took = start.elapsed_time(end)
             if took < max(LONGEST, min(WAITING * host, COMPILING)):
                 return
-        raise NoGraph("the first call of this structure" if times is None else "the device is the limit")
+        raise Later("the first call of this structure" if times is None else "the device is the limit")
 
-    def time(self, key: Any, call: Callable[[], Any]) -> Any:
+    def _time(self, key: Any, call: Callable[[], Any]) -> Any:
         """A call without a graph, whose time says whether the next shall have one."""
-        if key in self._failed or key in self._inputs:
-            return call()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         began = time.perf_counter()
@@ -193,7 +245,7 @@ class ForwardPool:
         return inputs
 
     def _captured(self, key: Any, form: Any, inputs: Inputs) -> ForwardGraph:
-        run = self._forward_of(form, _structure(key), inputs)
+        run = self._forward_of(form, _structure(key), inputs.arguments())
         graph = self._attempt(key, lambda: ForwardGraph(run, inputs, self._memory, tells=isinstance(form, str)))
         self._graphs[key, form] = graph
         if len(self._graphs) > KEPT:

@@ -63,6 +63,25 @@ def test_every_call_is_equal_and_the_later_ones_are_graphs(family: str) -> None:
         assert route.graph, route.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (4, 32), (3, 17)], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_the_first_call_has_the_bits_of_later_ones(shape: tuple[int, int], dtype: torch.dtype, padded: bool) -> None:
+    engine = dsi.init_inference(tiny("bert").to(DEVICE, dtype))
+    call, routes, results = given(*shape, padded=padded), [], []
+    for _ in range(4):
+        with torch.inference_mode():
+            results.append([x.clone() for x in tensors(engine(**call))])
+        routes.append(engine.module._dsi.last_forward)
+    assert [route.graph for route in routes][::3] == [False, True], routes
+    shown = call["attention_mask"] != 0
+    for later in results[1:]:
+        for one, other in zip(later, results[0], strict=True):
+            if one.shape[:2] == shown.shape:
+                one, other = one[shown], other[shown]
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_padding_is_left_out(family: str) -> None:
     pair = Pair(family, enable_cuda_graph=True)

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 import dsi
+from dsi.containers.launches import IN_GRAPH
 from dsi.runtime import forward_graph, forward_pool
 from dsi.runtime.trees import tensors
+from dsi_kernels._pdl import SWITCH
 from tests.support.models import inputs_for, tiny
 
 FAMILIES = ("bert", "roberta", "distilbert", "clip_text")
@@ -122,6 +124,51 @@ def test_a_structure_is_a_graph_from_its_second_call_on(family, graphs):
     for seed in range(1, 4):
         pair.check(given_to(family, 2, 9, seed))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("mask", ["none", "full", "padded", "padding first"])
+def test_the_first_call_launches_what_the_graph_holds(mask, monkeypatch):
+    """The kernels of a graph, in the graph's form, none of them early: so the bits are those of later calls."""
+    pair, seen = Pair(tiny("bert")), []
+    given = given_to("bert", 4, 16, padded=mask.startswith("pad"))
+    if mask == "none":
+        del given["attention_mask"]
+    elif mask == "padding first":
+        given["attention_mask"] = given["attention_mask"].flip(1)
+    layer, run = pair.ours.encoder.layer[0], type(pair.ours.encoder.layer[0]).run
+
+    def watched(self: Any, call: Any) -> Any:
+        if self is layer:
+            seen.append((IN_GRAPH.get(), SWITCH.get(), call.packed is not None, call.mask is not None))
+        return run(self, call)
+
+    monkeypatch.setattr(type(layer), "run", watched)
+    first = [x.clone() for x in tensors(pair.check(given, graph=False))]
+    form = mask == "padded", mask == "padding first"
+    assert seen[-1] == (True, False, *form)
+    assert pair.route.packed is form[0]
+    for _ in range(2):
+        assert all(map(torch.equal, tensors(pair.check(given)), first))
+
+
+def test_a_launch_that_fails_leaves_the_call_to_the_model(monkeypatch, caplog):
+    """Once: the structure is not tried again. An error of the model's own is raised, and forgotten."""
+    pair, tries = Pair(tiny("bert")), []
+
+    def fails(*_: Any) -> Any:
+        tries.append(1)
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(forward_pool.ForwardPool, "_launched", fails)
+    wrong = {**given_to("bert", 2, 9), "token_type_ids": torch.zeros(7, 5, dtype=torch.long)}
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"size|expand"):
+        pair.ours(**wrong)
+    assert not pair.ours._dsi.forwards._failed
+    for seed in range(3):
+        pair.check(given_to("bert", 2, 9, seed), graph=False)
+        assert "no such kernel" in pair.route.reason
+    assert len(tries) == 2
+    assert caplog.text.count("no such kernel") == 1
 
 
 @pytest.mark.parametrize(
