@@ -22,6 +22,7 @@ class Place(NamedTuple):
     """Where a cache's buffers stand, and how they are cut: what a graph that writes to them was captured for."""
 
     rows: int
+    dtype: torch.dtype
     capacities: tuple[int, ...]
     addresses: tuple[int, ...]
 
@@ -30,7 +31,8 @@ def place_of(cache: PreallocatedCache) -> Place:
     """Of a cache whose layers have buffers."""
     layers: list[Any] = cache.layers
     addresses = tuple(buffer.data_ptr() for layer in layers for buffer in layer.buffers())
-    return Place(layers[0].buffers()[0].shape[0], tuple(layer.capacity for layer in layers), addresses)
+    first = layers[0].buffers()[0]
+    return Place(first.shape[0], first.dtype, tuple(layer.capacity for layer in layers), addresses)
 
 
 def capacity_of(cache: PreallocatedCache) -> int:

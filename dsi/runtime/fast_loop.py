@@ -244,10 +244,7 @@ class _Loop:
         return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)
 
     def _finished(self, input_ids: Tensor, record: _Record) -> Any:
-        """What the caller gets. No graph is kept for a cache that is somebody else's."""
-        pool = self.session.graphs
-        if pool is not None and self.graph is not None and not self.own_cache:
-            pool.forget(self.cache)
+        """What the caller gets."""
         return self._result(input_ids, record) if self._returned else input_ids
 
     def prefill(self, input_ids: Tensor) -> Tensor:

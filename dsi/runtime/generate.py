@@ -90,7 +90,6 @@ def _in_graphs(model: Any, session: Session, stock: Callable[..., Any], given: d
     session.steps, before = steps, session.steps
     try:
         result = stock(model, **given)
-        steps.finish()
         session.last_route = _told(session.last_route, steps)
         return result
     finally:

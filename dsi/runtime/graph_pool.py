@@ -36,6 +36,8 @@ SPARE, SPARE_BYTES = 40, 1 << 26
 COPIED = 4
 # graphs that a model keeps: for batch sizes, reaches, kinds of mask, and ways to choose a token
 GRAPHS = 16
+# how many of them may be for caches that callers brought, who may come with them again
+BROUGHT = 4
 # positions of all rows together that caches for graphs are rounded up to, and of one row at least, so that a longer
 # text does not ask for a graph of its own at once
 ROUNDED_TO, LEAST = 256, 16
@@ -201,16 +203,14 @@ class GraphPool:
         place = place_of(cache)
         self._drop_graphs(place)
         block = self._block_of(cache)
-        if block is None:
-            self._trim(2 * place.rows * positions)
-        elif block.room(place.rows) < positions:
+        if block is not None and block.room(place.rows) < positions:
             self._remove(block)
             for layer in cache.layers:
                 layer.stay()
             self._trim(2 * place.rows * positions)
 
     def forget(self, cache: PreallocatedCache) -> None:
-        """Drop the graphs of a cache that is somebody else's."""
+        """Drop the graphs of a cache."""
         self._drop_graphs(place_of(cache))
 
     def _written_to(self, cache: PreallocatedCache) -> bool:
@@ -274,12 +274,18 @@ class GraphPool:
             if found is None:
                 return None
         self._graphs[known] = found
-        while len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
+        self._keep_few()
         return found
 
+    def _keep_few(self) -> None:
+        while len(self._graphs) > GRAPHS:
+            self._graphs.popitem(last=False)
+        ours = {block.addresses for block in self._blocks}
+        for key in [key for key in self._graphs if key[1].addresses not in ours][:-BROUGHT]:
+            del self._graphs[key]
+
     def _make(self, runner: DecodeRunner, cache: PreallocatedCache, key: GraphKey, reach: int) -> StepGraph | None:
-        reach = max(reach, capacity_of(cache))
+        reach = max(reach, capacity_of(cache), key.slots)
         device = cache.layers[0].keys.device
         place = noise_place(device)
         try:

@@ -130,11 +130,6 @@ class StepForward:
             return False
         return True
 
-    def finish(self) -> None:
-        """The loop is over: no graph is kept for a cache that is somebody else's."""
-        if self.run is not None and self.session.own_cache is not self.run.cache:
-            self.pool.forget(self.run.cache)
-
 
 def step_forward(model: Any, session: Session, given: dict[str, Any]) -> StepForward | None:
     """What stands for the model's forward in transformers' loop; None where the model has no graphs at all."""

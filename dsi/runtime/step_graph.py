@@ -38,10 +38,15 @@ class GraphLayer:
     def __init__(self, layer: PreallocatedLayer, start: Tensor, filled: Tensor, reach: int) -> None:
         # of how many positions the buffers are is of no account: what reads all that it is shown has the same to read
         shown = min(reach, layer.capacity)
-        self.keys, self.values = (buffer.narrow(2, 0, shown) for buffer in layer.buffers())
+        keys, values = layer.buffers()
+        self.keys, self.values, self.address = keys.narrow(2, 0, shown), values.narrow(2, 0, shown), keys.data_ptr()
         self.start, self.filled, self.reach, self.capacity = start, filled, reach, layer.capacity
         # for the kernel of a step's attention; it leaves them as it finds them
         self.tickets = torch.zeros(self.keys.shape[:2].numel(), dtype=torch.int32, device=self.keys.device)
+
+    def let_go(self) -> None:
+        """A graph needs no more than where the buffers stood: their memory is its owner's to give back."""
+        del self.keys, self.values
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one position a row; returns the buffers."""
@@ -89,7 +94,8 @@ class StepGraph:
 
     Args:
         step: the model's parts, bound for as many positions as the cache has room for.
-        cache: filled by the prompt; its next position is written to while the graph is made.
+        cache: filled by the prompt; its next position is written to while the graph is made. The graph is right for
+            caches that stand where this one does now, and does not hold it.
         key: what it is for.
         reach: positions below this may be fed.
         pool: of the allocator, shared by the graphs of one model.
@@ -125,6 +131,8 @@ class StepGraph:
         self._count_from(self.first)
         self.layers = [GraphLayer(layer, start, filled, key.slots) for layer in layers]
         self.graph, self.logits = self._captured(pool)
+        for layer in self.layers:
+            layer.let_go()
 
     def _captured(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         from dsi_kernels import compile_ahead
@@ -167,7 +175,7 @@ class StepGraph:
     def writes_to(self, layers: Sequence[PreallocatedLayer]) -> bool:
         """Whether these layers' keys and values stand in the graph's buffers."""
         return all(
-            layer.intact() and layer.capacity == seen.capacity and layer.buffers()[0].data_ptr() == seen.keys.data_ptr()
+            layer.intact() and layer.capacity == seen.capacity and layer.buffers()[0].data_ptr() == seen.address
             for seen, layer in zip(self.layers, layers, strict=True)
         )
 

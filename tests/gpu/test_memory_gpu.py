@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -76,6 +77,22 @@ def test_batch_sizes_that_alternate_share_their_memory() -> None:
         torch.cuda.synchronize()
         assert torch.equal(found, first[rows])
     assert dict(pool._graphs) == graphs
+
+
+def test_a_cache_that_was_brought_goes_with_its_owner() -> None:
+    """Its graph stays for whoever comes with the same memory, and holds none."""
+    engine, rows, positions = dsi.init_inference(_model()), 4, 512
+    ids = torch.randint(4, SETTINGS["vocab_size"], (rows, positions - 32), device=DEVICE)
+    found = []
+    for _ in range(3):
+        cache = transformers.DynamicCache(config=engine.module.config)
+        found.append(engine.generate(ids, max_new_tokens=32, do_sample=False, past_key_values=cache))
+        assert engine.module._dsi.last_route.graph, engine.module._dsi.last_route.reason
+        with_it = torch.cuda.memory_allocated()
+        del cache
+        gc.collect()
+        assert with_it - torch.cuda.memory_allocated() >= rows * (positions - 1) * POSITION
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def _others() -> int:

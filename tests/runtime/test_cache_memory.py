@@ -14,12 +14,15 @@ import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from dsi.runtime import fast_loop, graph_pool, step_forward
+from dsi.runtime import fast_loop, graph_pool, step_forward, step_graph
 from dsi.runtime.cache_memory import place_of
 from dsi.runtime.decode import DecodeRunner
 from dsi.runtime.kv_cache import PreallocatedCache, PreallocatedLayer
 from tests.runtime.test_graph_steps import GREEDY, Nothing, Pair, graphs, llama, windowed  # noqa: F401
 from tests.support.models import inputs_for, tiny
+
+# as it is: the fixture takes its place
+LET_GO = step_graph.GraphLayer.let_go
 
 
 @pytest.fixture
@@ -250,6 +253,49 @@ def test_results_of_beams_stay_what_they_are(arguments, graphs):  # noqa: F811
     kept = first.past_key_values.layers[1].values.clone()
     pair.check(inputs_for("llama", 1, 7, seed=3), **arguments)
     assert torch.equal(first.past_key_values.layers[1].values, kept)
+
+
+def test_a_caller_may_come_again_with_a_cache(graphs):  # noqa: F811
+    """Nine turns of 14 tokens: a graph for each capacity that the cache takes by doubling."""
+    pair, ids, cache = llama(max_position_embeddings=512), inputs_for("llama", 1, 6)["input_ids"], DynamicCache()
+    for turn in range(9):
+        wanted = pair.stock.generate(ids, **GREEDY)
+        assert torch.equal(pair.ours.generate(ids, **GREEDY, past_key_values=cache), wanted)
+        assert pair.ours._dsi.last_route.graph
+        ids = torch.cat([wanted, torch.tensor([[turn + 3, turn + 9]])], 1)
+    assert len(graphs) == 4
+
+
+def test_caches_that_callers_bring_leave_the_others_their_graphs(graphs):  # noqa: F811
+    pair, brought = llama(), []
+    turns(pair, (1, 2))
+    for turn in range(2 * graph_pool.GRAPHS):
+        given, cache = inputs_for("llama", 1, 6, seed=turn), DynamicCache()
+        assert torch.equal(
+            pair.ours.generate(**given, **GREEDY, past_key_values=cache), pair.stock.generate(**given, **GREEDY)
+        )
+        brought.append(cache)
+    assert len(pair.ours._dsi.graphs._graphs) <= 2 + graph_pool.BROUGHT
+    made = len(graphs)
+    turns(pair, (1, 2))
+    assert len(graphs) == made
+
+
+def test_a_graph_holds_no_cache(graphs, monkeypatch):  # noqa: F811
+    pair, cache = llama(), DynamicCache()
+    monkeypatch.setattr(step_graph.GraphLayer, "let_go", LET_GO)
+    # the stand-in has nothing to run anew: no step is taken
+    monkeypatch.setattr(step_graph.StepGraph, "replay", lambda self: torch.zeros(1, 67))
+    pair.ours.generate(**inputs_for("llama", 1, 6), max_new_tokens=5, past_key_values=cache)
+    assert pair.ours._dsi.last_route.graph
+    memory = [weakref.ref(layer) for layer in cache.layers]
+    storages = [buffer.untyped_storage()._weak_ref() for layer in cache.layers for buffer in layer.buffers()]
+    assert not any(map(torch.UntypedStorage._expired, storages))
+    del cache
+    gc.collect()
+    assert len(pair.ours._dsi.graphs._graphs) == 1
+    assert [one() for one in memory] == [None] * len(memory)
+    assert all(map(torch.UntypedStorage._expired, storages))
 
 
 # --- growth ----------------------------------------------------------------------------------------------------
