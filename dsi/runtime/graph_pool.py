@@ -298,6 +298,8 @@ class GraphPool:
         except torch.OutOfMemoryError as error:
             end_failed_capture(device)
             set_noise_place(device, place)
+            if self.release_idle():
+                return self._make(runner, cache, key, reach)
             self.reason = f"no memory for a decode graph: {error}"
             logger.warning("%s", self.reason)
             return None

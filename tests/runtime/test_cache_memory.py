@@ -388,6 +388,22 @@ def test_idle_memory_goes_where_a_text_finds_none(graphs, tight, monkeypatch):  
     assert len(held(pair)) == 1
 
 
+def test_idle_memory_goes_where_a_graph_finds_none(graphs, monkeypatch):  # noqa: F811
+    pair = llama()
+    turns(pair, (1,))
+    captured = step_graph.StepGraph._captured
+
+    def short(self: Any, pool: Any) -> Any:
+        if len(held(pair)) == 1 and self.key.batch == 32:
+            raise torch.OutOfMemoryError("9 GiB")
+        return captured(self, pool)
+
+    monkeypatch.setattr(step_graph.StepGraph, "_captured", short)
+    turns(pair, (32,))
+    (block,) = pair.ours._dsi.graphs._blocks
+    assert list(block.views) == [32]
+
+
 def test_memory_of_inference_mode_is_everybodys(graphs):  # noqa: F811
     pair = llama()
     with torch.inference_mode():
