@@ -111,8 +111,8 @@ def main() -> int:
     options = {"quick": given.quick, "peak": ceilings(), "rivals": given.rivals}
     cases: list[Case] = []
     for table in (name for name in TABLES if name in given.table):
-        report = Report(ceilings=options["peak"], out=_file(given.out, table, len(given.table)), keep=True)
-        known = TABLES[table](stage, **options)
+        known, out = TABLES[table](stage, **options), _file(given.out, table, len(given.table))
+        report = Report(ceilings=options["peak"], out=out, keep=True, order=list(known))
         cases += [Case(name=name, call=call, report=report) for name, call in known.items()]
     return run_all(_ordered(cases, given.only), budget=given.budget)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import attrs
 import torch
+from documents import merged
 from torch import Tensor
 
 FP32_TOLERANCE = 1e-5
@@ -364,11 +365,13 @@ class Report:
         ceilings: what this machine was measured to be able to do.
         out: where the JSON goes.
         keep: the file's other cases stay in it; where not, it is written anew.
+        order: of the cases in the file.
     """
 
     ceilings: Mapping[str, float]
     out: Path | None
     keep: bool = False
+    order: Sequence[str] = ()
     results: dict[str, Result] = attrs.field(init=False, factory=dict)
     refused: dict[str, str] = attrs.field(init=False, factory=dict)
     skipped: list[str] = attrs.field(init=False, factory=list)
@@ -399,20 +402,16 @@ class Report:
     def _document(self) -> dict[str, Any]:
         names = ("versions", "gpu", "cpu", "commit", "time")
         facts = {name: self._environment[name] for name in names} | {"ceilings": dict(self.ceilings)}
-        known = {kept.get("case", kept["name"]): kept for kept in self._before.get("results", ())}
-        # what was refused now is not what it was measured before
-        results = {case: kept for case, kept in known.items() if case not in self.refused}
-        for case, result in self.results.items():
-            results[case] = {"case": case, **result.to_dict(), "run": facts}
-        refused = {case: why for case, why in self._before.get("refused", {}).items() if case not in self.results}
-        skipped = [*self._before.get("skipped", ()), *self.skipped]
-        return {
+        found = [{"case": case, **result.to_dict(), "run": facts} for case, result in self.results.items()]
+        now = {
             "environment": self._environment,
             "ceilings": dict(self.ceilings),
-            "results": list(results.values()),
-            "refused": refused | self.refused,
-            "skipped": [case for case in dict.fromkeys(skipped) if case not in results and case not in self.refused],
+            "results": found,
+            "refused": self.refused,
+            "skipped": self.skipped,
+            "order": list(self.order),
         }
+        return merged(self._before, now)
 
 
 class Stopped(BaseException):

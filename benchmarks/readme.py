@@ -1,8 +1,9 @@
 """Writes the H200's figures into README.md, from the committed results, so that the two cannot part.
 
-    python benchmarks/readme.py [--check]
+    python benchmarks/readme.py [--take FOLDER ...] [--check]
 
-What stands between the two markers is what `section` makes of `benchmarks/results/h200-<table>.json`; with `--check` a
+`--take` first lays the files that `benchmarks/gpu.py --out FOLDER` wrote over the committed ones, case by case. What
+stands between the two markers is what `section` makes of `benchmarks/results/h200-<table>.json`; with `--check` a
 difference is an error and nothing is written. A test of the suite does the same.
 """
 
@@ -16,13 +17,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from documents import Document, ceilings, merged
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- h200: made by benchmarks/readme.py -->", "<!-- h200 ends -->"
 PLOT = "docs/images/h200-decode.png"
 TABLES = ("decode", "sampling", "context", "prefill", "encoders", "ready")
 
-Document = Mapping[str, Any]
+
+def take(folder: Path, results: Path = RESULTS) -> list[Path]:
+    """Lay a run's files over the committed ones; returns those that were written."""
+    written = []
+    for found in sorted(folder.glob("*.json")):
+        target = results / f"h200-{found.name}"
+        before = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        document = merged(before, json.loads(found.read_text(encoding="utf-8")))
+        if document["results"]:
+            target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            written.append(target)
+    return written
 
 
 def documents(folder: Path = RESULTS) -> dict[str, Document]:
@@ -58,8 +72,9 @@ def section(known: Mapping[str, Document], *, plot: bool) -> str:
 
 def _how(environment: Mapping[str, Any], known: Mapping[str, Document]) -> str:
     versions = environment["versions"]
-    copies = [document["ceilings"]["GB/s copy"] / 1e3 for document in known.values()]
-    products = [document["ceilings"]["TFLOP/s bf16"] for document in known.values()]
+    measured = [found for document in known.values() for found in ceilings(document)]
+    copies = [found["GB/s copy"] / 1e3 for found in measured]
+    products = [found["TFLOP/s bf16"] for found in measured]
     return (
         f"One {environment['gpu']['name']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
         f"{versions['transformers']}, random weights at real size; a copy runs at {_span(copies, 2)} TB/s, an 8192^3 "
@@ -120,7 +135,10 @@ def placed(readme: str, text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether README.md is what it should be")
+    parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="FOLDER", help="of runs, the latest last")
     given = parser.parse_args()
+    for path in (path for folder in given.take for path in take(folder)):
+        print(f"written to {path.relative_to(ROOT)}")
     before = README.read_text(encoding="utf-8")
     after = placed(before, section(documents(), plot=(ROOT / PLOT).exists()))
     if given.check:

@@ -28,8 +28,9 @@ DOCUMENT = {
 
 
 @pytest.fixture
-def load(root):
+def load(root, monkeypatch):
     """A module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
 
     def module(name):
         spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", root / "benchmarks" / f"{name}.py")
@@ -68,3 +69,21 @@ def test_a_line_of_the_plot(load):
     rows = [{**RESULT, "facts": {**RESULT["facts"], "rows": count, "prompt": 32}} for count in (8, 1)]
     lines = load("plot").series([*rows, RESULT], "llama-7b", "rows", prompt=32)
     assert lines == {"dsi": [(1, 0.89), (8, 0.89)], "stock": [(1, 0.13), (8, 0.13)]}
+
+
+def test_a_run_is_laid_over_what_was_committed(load, tmp_path):
+    readme = load("readme")
+    run, results = tmp_path / "run", tmp_path / "results"
+    for folder, names in ((results, ("a", "b")), (run, ("b", "c"))):
+        folder.mkdir()
+        found = [{**RESULT, "name": name, "times": {"dsi": {"median": len(folder.name)}}} for name in names]
+        document = {**DOCUMENT, "results": found, "refused": {}, "skipped": [], "order": ["a", "c", "b"]}
+        target = folder / ("decode.json" if folder is run else "h200-decode.json")
+        target.write_text(json.dumps(document), encoding="utf-8")
+    (run / "prefill.json").write_text(
+        json.dumps({**DOCUMENT, "results": [], "refused": {}, "skipped": ["x"]}), encoding="utf-8"
+    )
+    assert readme.take(run, results) == [results / "h200-decode.json"]
+    found = readme.documents(results)
+    medians = [(result["name"], result["times"]["dsi"]["median"]) for result in found["decode"]["results"]]
+    assert medians == [("a", 7), ("c", 3), ("b", 3)]

@@ -11,7 +11,8 @@ import torch
 
 
 @pytest.fixture
-def measure(root):
+def measure(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "benchmarks")
     spec = importlib.util.spec_from_file_location("benchmarks_measure", root / "benchmarks" / "measure.py")
     found = importlib.util.module_from_spec(spec)
     # attrs looks its classes' module up
