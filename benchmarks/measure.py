@@ -293,8 +293,8 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     """What was measured: of DSI_COMMIT where the tree was carried without its history."""
-    if "DSI_COMMIT" in os.environ:
-        return os.environ["DSI_COMMIT"]
+    if known := os.environ.get("DSI_COMMIT"):
+        return known
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
