@@ -30,7 +30,7 @@ from gpu_forward import encoder_cases, family_cases, prefill_cases
 from gpu_models import DEVICE, Stage
 from gpu_ready import ready_cases
 from gpu_rivals import Rivals
-from measure import Case, Report, Result, Sample, Stopped, run_all
+from measure import Case, Report, Result, Sample, Stopped, ordered, run_all
 
 Cases = dict[str, Callable[[], Result]]
 
@@ -79,15 +79,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="cases whose names begin so, e.g. llama-7b, in this order")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case begins")
     parser.add_argument("--rivals", choices=Rivals, type=Rivals, default=Rivals.BARS, help=RIVALS)
+    parser.add_argument("--no-rivals", dest="rivals", action="store_const", const=Rivals.NONE, help="--rivals none")
     return parser.parse_args()
-
-
-def _ordered(cases: list[Case], only: list[str] | None) -> list[Case]:
-    """The cases in the order of `only`, or those of a model together."""
-    chosen: dict[int, Case] = {}
-    for prefix in only or dict.fromkeys(case.name.split()[0] for case in cases):
-        chosen |= {id(case): case for case in cases if id(case) not in chosen and case.name.startswith(prefix)}
-    return list(chosen.values())
 
 
 def _file(out: Path | None, table: str, count: int) -> Path | None:
@@ -114,7 +107,7 @@ def main() -> int:
         known, out = TABLES[table](stage, **options), _file(given.out, table, len(given.table))
         report = Report(ceilings=options["peak"], out=out, keep=True, order=list(known))
         cases += [Case(name=name, call=call, report=report) for name, call in known.items()]
-    return run_all(_ordered(cases, given.only), budget=given.budget)
+    return run_all(ordered(cases, given.only), budget=given.budget)
 
 
 if __name__ == "__main__":

@@ -427,6 +427,14 @@ class Case:
     report: Report
 
 
+def ordered(cases: Sequence[Case], only: Sequence[str] | None = None) -> list[Case]:
+    """Those whose names begin with one of `only`, in its order; without it all, those of a model together."""
+    chosen: dict[int, Case] = {}
+    for prefix in only or dict.fromkeys(case.name.split()[0] for case in cases):
+        chosen |= {id(case): case for case in cases if id(case) not in chosen and case.name.startswith(prefix)}
+    return list(chosen.values())
+
+
 def run(
     cases: Mapping[str, Callable[[], Result]],
     *,

@@ -125,3 +125,13 @@ def test_a_run_that_is_stopped_reports_what_it_had(measure, tmp_path, capsys):
     assert [kept["case"] for kept in found["results"]] == ["a"]
     assert found["skipped"] == ["b", "c"]
     assert "no time was left for: b, c" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("only", "wanted"),
+    [(None, ["a 1", "a 2", "b 1"]), (["b", "a 2", "a"], ["b 1", "a 2", "a 1"]), (["a 2"], ["a 2"]), (["c"], [])],
+)
+def test_cases_run_in_the_order_asked_for(measure, only, wanted):
+    report = measure.Report(ceilings={}, out=None)
+    cases = [measure.Case(name=name, call=lambda: None, report=report) for name in ("a 1", "b 1", "a 2")]
+    assert [case.name for case in measure.ordered(cases, only)] == wanted
