@@ -126,7 +126,7 @@ class Packing(Texts):
     """Where each token stands among `total` rows, by a mask, and the way of the layers through their runs.
 
     Nothing here asks the device, so all of it can stand in a CUDA graph. Rows beyond the tokens are repeats of the
-    first, and belong to no text.
+    last position, and belong to no text.
 
     Args:
         mask: bool [B, S], True = a token; each row has one.
@@ -138,13 +138,14 @@ class Packing(Texts):
     def __init__(self, mask: Tensor, total: int, stops: tuple[Stop, ...]) -> None:
         self.shape, self.total, self.stops = mask.shape, total, stops
         shown = mask.reshape(-1)
-        # a place beyond the last takes what is hidden
-        place = torch.where(shown, shown.cumsum(0) - 1, total).clamp_(max=total)
-        index = torch.zeros(total + 1, dtype=torch.int64, device=mask.device)
-        self.index = index.scatter_(0, place, torch.arange(shown.numel(), device=mask.device))[:total]
-        self.place, self.shown = place.clamp_(max=total - 1), shown[:, None]
+        # tokens up to each position, itself included
+        count = shown.cumsum(0)
+        # few launches: in a graph each of them takes the device some 2 us, whatever it does
+        ordinals = torch.arange(1, total + 1, device=mask.device)
+        self.index = torch.searchsorted(count, ordinals).clamp_(max=shown.numel() - 1)
+        self.place, self.shown = (count - 1).clamp_(0, total - 1), shown[:, None]
         starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-        starts[1:] = mask.sum(1).cumsum(0).clamp_(max=total)
+        starts[1:] = count.view(mask.shape)[:, -1].clamp(max=total)
         self.starts = starts
         self.at = 0
         self._packed: Tensor | None = None

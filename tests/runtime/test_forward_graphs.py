@@ -20,6 +20,7 @@ from torch import nn
 
 import dsi
 from dsi.containers.launches import IN_GRAPH
+from dsi.containers.packing import Packing
 from dsi.runtime import forward_graph, forward_pool
 from dsi.runtime.trees import tensors
 from dsi_kernels._pdl import SWITCH
@@ -203,6 +204,25 @@ def test_padding_goes_where_there_is_some(family, graphs):
     pair.check(given_to(family, 4, 16, 7))
     assert not pair.route.packed
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("spare", [0, 3, -2])
+def test_tokens_are_packed_in_order_and_come_back(spare):
+    """Into as many rows as there are tokens, into more, and into too few: then the first ones, and nothing beyond."""
+    torch.manual_seed(0)
+    mask = torch.rand(4, 9) < 0.6
+    mask[:, 0], mask[1], mask[3, 1:] = True, torch.arange(9) < 1, False
+    total = int(mask.sum()) + spare
+    x = torch.randn(4, 9, 5)
+    packing = Packing(mask, total, ())
+    rows, kept = packing.pack(x)[0], min(total, int(mask.sum()))
+    assert rows.shape == (total, 5)
+    assert torch.equal(rows[:kept], x[mask][:kept])
+    assert packing.starts.tolist() == [0, *mask.sum(1).cumsum(0).clamp(max=total).tolist()]
+    # what is computed for a row of no text is nobody's
+    rows = torch.cat([rows[:kept], torch.full((total - kept, 5), float("nan"))])[None]
+    if spare >= 0:
+        assert torch.equal(packing.unpack(rows), torch.where(mask[..., None], x, 0.0))
 
 
 def test_a_first_position_that_is_hidden_keeps_its_padding():
