@@ -42,11 +42,11 @@ COMPARED = 1 << 12
 
 
 class Packed(NamedTuple):
-    """A weight in oneDNN's layout; who reads its bytes holds all of it.
+    """A weight in oneDNN's layout.
 
     Args:
-        weight: [N, K], opaque; owns the memory.
-        words: int32 [N / block, K / v, block], the same memory.
+        weight: [N, K], opaque.
+        words: int32 [N / block, K / v, block], the same memory, which it keeps alive.
     """
 
     weight: nn.Parameter
@@ -62,7 +62,9 @@ class Packed(NamedTuple):
         row = weight.shape[1] * weight.itemsize
         if size > weight.nbytes * PACK_PADDING or row % 4 or size % row:
             return None
-        memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+        memory: Any = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+        # a view of the memory holds the object that it was made of, and that whoever frees the memory
+        memory.owner = packed
         flat, plain = torch.frombuffer(memory, dtype=torch.int32), weight.detach().view(torch.int32)
         for block in BLOCKS:
             if size % (row * block):

@@ -157,14 +157,14 @@ def held(*, collect: bool = True) -> int:
     if collect:
         gc.collect()
     memories: dict[int, int] = {}
-    packed = 0
     for thing in gc.get_objects():
         # by its exact type: isinstance wakes lazy modules, and the compiler's fake tensors have no memory
         if type(thing) not in (Tensor, nn.Parameter) or thing.is_meta:
             continue
         if thing.is_mkldnn:
-            packed += bytes_of(thing)
+            # a strided view of packed bytes is the same memory
+            memories[torch.ops.mkldnn.data_ptr(thing.detach())] = bytes_of(thing)
         else:
             storage = thing.untyped_storage()
             memories[storage.data_ptr()] = storage.nbytes()
-    return sum(memories.values()) + packed
+    return sum(memories.values())
