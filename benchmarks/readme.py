@@ -2,9 +2,9 @@
 
     python benchmarks/readme.py [--take FOLDER ...] [--check]
 
-`--take` first lays the files that `benchmarks/gpu.py --out FOLDER` wrote over the committed ones, case by case. What
-stands between the two markers is what `section` makes of `benchmarks/results/h200-<table>.json`; with `--check` a
-difference is an error and nothing is written. A test of the suite does the same.
+`--take` first lays the files that `benchmarks/gpu.py --out FOLDER` wrote over the committed ones, case by case, and
+draws the plot. What stands between the two markers is what `section` makes of `benchmarks/results/h200-<table>.json`;
+with `--check` a difference is an error and nothing is written. A test of the suite does the same.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from documents import Document, ceilings, merged
+from plot import draw, read
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
@@ -63,6 +64,7 @@ def section(known: Mapping[str, Document], *, plot: bool) -> str:
             for result in document["results"]
             for goal in _missed(result)
         ]
+        missed += [f"{case}: refused" for document in known.values() for case in document.get("refused", ())]
         if missed:
             lines += ["", f"Bars that are not met: {'; '.join(missed)}."]
         if plot:
@@ -105,6 +107,8 @@ def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
     for goal in result["goals"]:
         if goal["name"] not in ("share of the floor", "ms", "ms a step"):
             yield f"{goal['name']} {goal['found']:.3g}"
+    if "compile_failed" in result["facts"]:
+        yield "compile fails"
     if "dsi, no padding" in result["ratios"]:
         yield f"{result['ratios']['dsi, no padding']:.2f} times as fast as without padding"
 
@@ -139,6 +143,9 @@ def main() -> int:
     given = parser.parse_args()
     for path in (path for folder in given.take for path in take(folder)):
         print(f"written to {path.relative_to(ROOT)}")
+    drawn = [path for path in (RESULTS / f"h200-{table}.json" for table in ("decode", "context")) if path.exists()]
+    if given.take and drawn:
+        draw(*read(drawn), ROOT / PLOT)
     before = README.read_text(encoding="utf-8")
     after = placed(before, section(documents(), plot=(ROOT / PLOT).exists()))
     if given.check:

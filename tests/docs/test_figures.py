@@ -55,6 +55,7 @@ def test_a_section_tells_what_was_measured_and_what_is_missed(load):
     assert "4.24 TB/s" in text
     assert "6.91 times as fast as stock, wanted 7" in text
     assert "share of the floor 0.89" not in text
+    assert "opt: refused" in readme.section({"decode": {**DOCUMENT, "refused": {"opt": "error 1"}}}, plot=True)
     other = json.loads(json.dumps(DOCUMENT).replace("3.5", "3.6"))
     assert readme.section({"decode": other}, plot=True) != text
 
