@@ -6,12 +6,14 @@ Imports torch and triton only, and torch alone where Triton is not installed; la
 from dsi_kernels._triton import INSTALLED, INTERPRETED
 from dsi_kernels.activations import KINDS, activate_reference
 from dsi_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from dsi_kernels.add_map import add_map, add_map_reference
 from dsi_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from dsi_kernels.ahead import compile_ahead
 from dsi_kernels.attention import attention, attention_reference
 from dsi_kernels.bias_activation import bias_activation, bias_activation_reference
 from dsi_kernels.decode_attention import decode_attention, decode_attention_reference
 from dsi_kernels.gated_activation import gated_activation, gated_activation_reference
+from dsi_kernels.geglu import geglu, geglu_reference
 from dsi_kernels.greedy_token import greedy_token, greedy_token_reference
 from dsi_kernels.group_norm import group_norm, group_norm_reference
 from dsi_kernels.input_flags import input_flags, input_flags_reference
@@ -26,6 +28,7 @@ from dsi_kernels.sample_token import sample_token, sample_token_reference, sampl
 from dsi_kernels.skinny import skinny, skinny_reference
 from dsi_kernels.step_attention import step_attention, step_attention_reference
 from dsi_kernels.varlen_attention import varlen_attention, varlen_attention_reference
+from dsi_kernels.wide_attention import wide_attention, wide_attention_reference
 
 __all__ = [
     "INSTALLED",
@@ -34,6 +37,8 @@ __all__ = [
     "activate_reference",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "add_map",
+    "add_map_reference",
     "add_rms_norm",
     "add_rms_norm_reference",
     "attention",
@@ -45,6 +50,8 @@ __all__ = [
     "decode_attention_reference",
     "gated_activation",
     "gated_activation_reference",
+    "geglu",
+    "geglu_reference",
     "greedy_token",
     "greedy_token_reference",
     "group_norm",
@@ -74,4 +81,6 @@ __all__ = [
     "step_attention_reference",
     "varlen_attention",
     "varlen_attention_reference",
+    "wide_attention",
+    "wide_attention_reference",
 ]

@@ -40,6 +40,7 @@ from dsi_kernels._group_kernels import (
 from dsi_kernels._launch import Launch, Launches, kind_of
 from dsi_kernels._pdl import SWITCH, launch_options
 from dsi_kernels._triton import triton
+from dsi_kernels.add_map import channel_block, check_map
 from dsi_kernels.operands import check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.tuned import device_facts, launch_config
 
@@ -47,8 +48,6 @@ from dsi_kernels.tuned import device_facts, launch_config
 HELD, HELD_BY_WARP = 16384, 1024
 # value of the setting `hold`: such a strip is one launch
 HOLD = 2
-# channels side by side, two bytes each, that fill a sector
-LEAST_CHANNELS = 16
 # what becomes of the sum
 UNWANTED, X, WRITTEN = 0, 1, 2
 # parts that a program merges at a time, and the most that one of two launches does
@@ -167,11 +166,6 @@ class _Map(NamedTuple):
         kernel = group_norm_held_kernel if self.held() else group_norm_kernel
         return Launch(kernel, (self.channels // self.width, self.batch), fixed, options)
 
-    def block_c(self, most: int) -> int:
-        """Channels side by side that a program takes, all of them there where the number of channels allows it."""
-        dividing = min(self.channels & -self.channels, most)
-        return dividing if dividing >= LEAST_CHANNELS else min(most, triton.next_power_of_2(self.channels))
-
 
 class _Plan:
     """The launches for operands that are alike, their addresses apart.
@@ -219,9 +213,7 @@ def _check(x: Tensor, groups: int, **operands: Tensor | None) -> None:
             raise ValueError(f"group_norm: {shapes(x=x, **{name: t})}; {tuple(wanted[name])} is needed")
     check_dtypes("group_norm", x=x, **operands)
     check_rows_contiguous("group_norm", **{name: t for name, t in operands.items() if name != "residual"})
-    for name, t in {"x": x, "residual": operands["residual"]}.items():
-        if t is not None and not t.movedim(1, -1).is_contiguous():
-            raise ValueError(f"group_norm: {name} must be channels-last, has {tuple(t.shape)}, stride {t.stride()}")
+    check_map("group_norm", x=x, residual=operands["residual"])
     check_devices("group_norm", x=x, **operands)
 
 
@@ -247,7 +239,7 @@ def _plan(
 def _chunked(work: _Map, sizes: Mapping[str, int], total: int, device: torch.device) -> _Plan:
     """The plan of two launches or three."""
     B, N, C, width = work[:4]
-    block_c = work.block_c(sizes["block_c"])
+    block_c = channel_block(C, sizes["block_c"])
     block_n, blocks, step = sizes["tile"] // block_c, triton.cdiv(C, block_c), sizes["shown"] // block_c
     chunk = sizes["tiles"] * block_n
     chunks = triton.cdiv(N, chunk)

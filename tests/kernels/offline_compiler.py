@@ -28,6 +28,24 @@ HOPPER = SimpleNamespace(
 )
 
 
+def before_wait(ptx):
+    """The instructions that may run before a program waits for the kernels before it, whichever way it branches."""
+    blocks = re.split(r"^(\$L__BB\w+):", ptx, flags=re.MULTILINE)
+    names, texts = ["", *blocks[1::2]], blocks[::2]
+    todo, found = [0], {}
+    while todo:
+        at = todo.pop()
+        if at in found or at >= len(texts):
+            continue
+        text, waits, _ = texts[at].partition("griddepcontrol.wait")
+        found[at] = text
+        if not waits:
+            todo += [names.index(name) for name in re.findall(r"bra\S*\s+(\$L__BB\w+)", text)]
+            ends = re.search(r"^\s*(?:bra\.uni\s+\S+|ret);\s*(?://.*\s*)*$", text, re.MULTILINE)
+            todo += [] if ends else [at + 1]
+    return "".join(found.values())
+
+
 def compile_only(report):
     """Makes every launch a compilation, whose result goes to report."""
     driver.set_active(HOPPER)
@@ -38,22 +56,22 @@ def compile_only(report):
     def compiled(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         ptx = kernel.asm["ptx"]
+        before = ptx.partition("griddepcontrol.wait")[0]
         report(
             kernel=self.__name__,
             shared=kernel.metadata.shared,
             warps=kernel.metadata.num_warps,
             async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
-            # the last wait: a program without work has one of its own
-            copies_before_wait=len(re.findall(r"cp\.async\.c[ag]", ptx.rpartition("griddepcontrol.wait")[0])),
+            asked_before_wait=len(re.findall(r"cp\.async\.c[ag]", before_wait(ptx))),
+            copies_before_wait=len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor)", before)),
+            loads_before_wait=len(re.findall(r"\bld\.global", before)),
             accelerated=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
             wide_loads=len(re.findall(r"ld\.global\S*\.v4", ptx)),
             dependent=kernel.metadata.launch_pdl,
             waits=len(re.findall(r"griddepcontrol\.wait", ptx)),
-            stores_before_wait=bool(
-                re.search(r"\bst\.global|\bred\.|\batom\.", ptx.partition("griddepcontrol.wait")[0])
-            ),
+            stores_before_wait=bool(re.search(r"\bst\.global|\bred\.|\batom\.", before)),
             atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
         )
         return kernel
@@ -134,20 +152,24 @@ def maps(case, half):
     settings = {"block_c": 64, "num_warps": 4, "shown": 2048, "tile": 2048, "tiles": 1}
     # groups of 16 channels, one of which 8 lanes read
     case("maps")
-    for hold, launches in ((2, 2), (1, 1), (1, 2), (1, 3)):
-        x = torch.zeros(2, 64, 512, dtype=half).transpose(1, 2)
+    for rows, hold, launches in ((64, 2, 2), (2048, 1, 1), (64, 1, 2), (64, 1, 3)):
+        x = torch.zeros(2, rows, 512, dtype=half).transpose(1, 2)
         bias, addend = torch.zeros(512, dtype=half), torch.zeros(2, 1024, dtype=half)[:, 512:]
         config = settings | {"hold": hold, "launches": launches}
         dk.group_norm(x, bias, bias, 32, silu=True, config=config)
         dk.group_norm(x, None, None, 32, x_bias=bias, addend=addend, residual=x, keep_sum=True, config=config)
+    dk.add_map(x, bias, x, 2.0)
+    dk.geglu(x.transpose(1, 2).contiguous())
+    dk.wide_attention(*[torch.zeros(1, 1, 64, 512, dtype=half)] * 3)
 
 
 def few_rows(case, half):
     """A matrix times 3 rows and 32, whole and in parts, plain and gated."""
     case("skinny")
     matrix = torch.zeros(256, 2048, dtype=half)
-    for rows, splits in ((3, 1), (32, 4)):
-        config = {"block_n": 64, "block_k": 128, "splits": splits, "stages": 3, "num_warps": 4, "dependent": 2}
+    for rows, splits, accelerated, dependent in ((3, 1, 1, 2), (8, 1, 1, 3), (32, 4, 2, 3)):
+        config = {"block_n": 64, "block_k": 64, "block_b": 8, "splits": splits, "stages": 4, "num_warps": 4}
+        config |= {"accelerated": accelerated, "dependent": dependent}
         x = torch.zeros(rows, 2048, dtype=half)
         dk.skinny(x, matrix, residual=x[:, :256].contiguous(), config=config)
         dk.skinny(x, matrix, kind="silu", gated=True, config=config)
