@@ -2,8 +2,8 @@
 
 Each step is built aside first, then its undo goes into the journal, then it makes assignments only. A slot is one step:
 its weights are fused and the stock parameters parked before the next slot is touched, so no more than one layer's
-weights, or one weight of an embedding and a head, exist twice at any time. When a step fails or is interrupted, wherever
-that is, the undos run in reverse and the model is bitwise what it was.
+weights, or one weight of an embedding and a head, exist twice at any time. When a step fails or is interrupted,
+wherever that is, the undos run in reverse and the model is bitwise what it was.
 
 Past 500 lines: the steps and what takes each back stand side by side, so that they are read, and changed, together.
 """
