@@ -12,6 +12,7 @@ import dsi.containers.triton_products as products
 from dsi.containers.launches import graph_kernels
 from dsi.containers.linear import FusedLinear, Source
 from dsi.containers.ops import AtenOps, NormOp
+from dsi.containers.triton_ops import TritonOps
 from dsi.containers.triton_step import TritonStepOps
 from dsi_kernels import _pdl
 from tests.kernels.tolerance import assert_close
@@ -107,9 +108,9 @@ def test_a_sum_is_normed_where_its_parts_are_added_up(device, ours):
         assert products.sum_product(narrow, x, x.T.contiguous().T, over) is None
 
 
-def test_what_a_norm_came_to_is_not_computed_again_nor_taken_for_another(device, ours):
+@pytest.mark.parametrize("table", [TritonStepOps(), TritonOps()], ids=["a step's", "all"])
+def test_what_a_norm_came_to_is_not_computed_again_nor_taken_for_another(table, device, ours):
     x, over, wide = torch.randn(3, 48).to(device, torch.bfloat16), norm(device, 48, "rms"), linear(device, 64, 48)
-    table = TritonStepOps()
     with graph_kernels():
         total = table.project_add(linear(device, 48, 48), x, x, over)
         right = table.norm_project(over, wide, total)
