@@ -235,6 +235,14 @@ def test_a_large_cache_that_is_returned_takes_the_memory_along(graphs, no_spare)
     assert torch.equal(first.past_key_values.layers[0].keys, kept)
 
 
+def test_a_short_text_in_much_room_is_copied(graphs, no_spare):  # noqa: F811
+    """By what is filled of it: 17 positions of 128."""
+    pair = llama()
+    for turn in range(3):
+        pair.check(inputs_for("llama", 2, 6, seed=turn), return_dict_in_generate=True)
+    assert len(graphs) == len(held(pair)) == 1
+
+
 def test_a_small_view_of_large_memory_is_copied(graphs, no_spare):  # noqa: F811
     pair = llama()
     turns(pair, (32,))
