@@ -62,11 +62,12 @@ class ForwardGraph:
         run: the forward over static inputs.
         inputs: the static inputs.
         pool: of the allocator, shared by the graphs of one model.
-        tells: it looks at the inputs first, as `Inputs.look` does, and so spares a launch.
+
+    It looks at the inputs first, as `Inputs.look` does, and so spares a launch.
     """
 
-    def __init__(self, run: Callable[[], Any], inputs: Inputs, pool: Any, *, tells: bool) -> None:
-        self._inputs, self._tells = inputs, tells and inputs.told
+    def __init__(self, run: Callable[[], Any], inputs: Inputs, pool: Any) -> None:
+        self._inputs, self._tells = inputs, inputs.told
         self.graph, self.result = capture(partial(self._told, run), inputs.device, pool)
         if self._tells:
             inputs.count_anew()

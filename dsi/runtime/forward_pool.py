@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,7 +114,7 @@ class ForwardPool:
             self._need_twice(key)
             inputs = self._made(key, given)
         inputs.fill(given)
-        guess = self._graphs.get((key, self._guess.get(key)))
+        guess = self._graphs.get((key, self._guessed(key, given)))
         if guess is None:
             inputs.look()
         else:
@@ -127,7 +128,8 @@ class ForwardPool:
         graph = self._graphs.get((key, form))
         if graph is None:
             graph = self._captured(key, form, inputs)
-        self._guess[key] = form if form in ("full", "plain") else None
+        seen = mask_of(given)
+        self._guess[key] = form, None if seen is None else weakref.ref(seen)
         self._graphs.move_to_end((key, form))
         if graph is not guess:
             graph.replay()
@@ -180,6 +182,14 @@ class ForwardPool:
             compile_ahead(lambda: self._stock(given), self.device)
 
     # --- which graph ------------------------------------------------------------------------------------------
+
+    def _guessed(self, key: Any, given: Mapping[str, Any]) -> Any:
+        """The form of the structure's latest call; of a packed one, which another mask would have run twice, only where
+        the mask is the very tensor of that call.
+        """
+        form, mask = self._guess.get(key, (None, None))
+        same = isinstance(form, str) or (mask is not None and mask() is mask_of(given))
+        return form if same else None
 
     def _form(self, key: Any, mask: Tensor | None, given: Mapping[str, Any], flags: Flags) -> Any:
         """ "full", a mask that hides nothing and is left out; rows of a packed forward; or "plain"."""
@@ -246,7 +256,7 @@ class ForwardPool:
 
     def _captured(self, key: Any, form: Any, inputs: Inputs) -> ForwardGraph:
         run = self._forward_of(form, _structure(key), inputs.arguments())
-        graph = self._attempt(key, lambda: ForwardGraph(run, inputs, self._memory, tells=isinstance(form, str)))
+        graph = self._attempt(key, lambda: ForwardGraph(run, inputs, self._memory))
         self._graphs[key, form] = graph
         if len(self._graphs) > KEPT:
             # it may be running

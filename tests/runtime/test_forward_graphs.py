@@ -225,6 +225,30 @@ def test_tokens_are_packed_in_order_and_come_back(spare):
         assert torch.equal(packing.unpack(rows), torch.where(mask[..., None], x, 0.0))
 
 
+def test_the_mask_of_the_call_before_is_not_waited_for(monkeypatch):
+    """Its graph is launched before anything is known of it; what it says now decides all the same."""
+    pair, looks = Pair(tiny("bert")), []
+    given = given_to("bert", 4, 16, padded=True)
+    for _ in range(2):
+        pair.check(given, graph=None)
+    look = forward_graph.Inputs.look
+    monkeypatch.setattr(forward_graph.Inputs, "look", lambda self: (looks.append(1), look(self)))
+    pair.check(given)
+    assert pair.route.packed
+    assert not looks
+    pair.check({**given, "attention_mask": given["attention_mask"].clone()})
+    assert len(looks) == 1
+    # the same tensor says something else
+    pair.check(given, graph=None)
+    given["attention_mask"][:] = 1
+    for _ in range(2):
+        pair.check(given)
+        assert not pair.route.packed
+    given["attention_mask"][:, 1:] = 0
+    pair.check(given)
+    assert pair.route.packed
+
+
 def test_a_first_position_that_is_hidden_keeps_its_padding():
     pair = Pair(tiny("bert"))
     for seed in range(2):
