@@ -15,17 +15,18 @@ from dsi.containers.launches import IN_GRAPH, PLANS, torch_wins
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import AtenOps, HeadNorms, Heads, NormOp, Rope
 from dsi.containers.packing import Texts
+from dsi.containers.triton_maps import TritonMapOps
 from dsi.containers.triton_prompt import prompt_product
 from dsi.containers.triton_step import TritonStepOps
 
-# values of the setting `choice` of dsi_kernels.attention: its kernel, and torch's backends
-OWN, CUDNN = 2, 3
+# values of the setting `choice` of dsi_kernels.attention: its kernel, torch's backends, and that of wide heads
+OWN, CUDNN, WIDE = 2, 3, 6
 BACKENDS: Mapping[int, SDPBackend] = MappingProxyType(
     {CUDNN: SDPBackend.CUDNN_ATTENTION, 4: SDPBackend.FLASH_ATTENTION, 5: SDPBackend.EFFICIENT_ATTENTION}
 )
 
 
-class TritonOps(TritonStepOps):
+class TritonOps(TritonMapOps, TritonStepOps):
     """dsi_kernels where one covers the operation and the host can keep up with them; the rest is torch's."""
 
     name = "triton"
@@ -164,6 +165,10 @@ class TritonOps(TritonStepOps):
             import dsi_kernels
 
             return dsi_kernels.attention(q, k, v, mask, causal=causal, scale=scale, config=config).flatten(2)
+        if backend == WIDE and _is_wide(q, k, mask, causal):
+            import dsi_kernels
+
+            return dsi_kernels.wide_attention(q, k, v, scale).flatten(2)
         if backend not in BACKENDS or mask is not None:
             return super().attend(q, k, v, mask, causal, scale, softcap)
         # a backend that refuses what it is given leaves it to the next
@@ -220,6 +225,13 @@ def _whole(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     if q.shape[2] == 1 or (causal and q.shape[2] != k.shape[2]):
         return False
     return mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)
+
+
+def _is_wide(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether two products and a pass between them are that attention: every head has its own keys, and sees all."""
+    from dsi_kernels.wide_attention import MAX_KEYS
+
+    return mask is None and not causal and q.shape[1] == k.shape[1] and k.shape[2] <= MAX_KEYS
 
 
 def _attention(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Mapping[str, int]:
