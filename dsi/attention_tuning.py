@@ -34,7 +34,8 @@ ONE_HEAD = (
     (1, 4096), (1, 8192), (2, 4096), (2, 8192), (2, 16384), (4, 8192), (4, 16384), (4, 32768), (8, 32768), (8, 65536),
 )  # fmt: skip
 SOME_HEADS = (
-    (2, 8192), (2, 16384), (4, 8192), (4, 16384), (4, 32768), (8, 16384), (8, 32768), (8, 65536),
+    (1, 4096), (1, 8192), (2, 4096), (2, 8192), (2, 16384), (4, 8192), (4, 16384), (4, 32768), (8, 16384), (8, 32768),
+    (8, 65536),
 )  # fmt: skip
 # rows * positions that the reference is computed for, scores and values in fp32
 MOST_CHECKED = 1 << 16
@@ -67,27 +68,26 @@ def candidates(heads: Heads, itemsize: int, rows: int, reach: int) -> Iterator[S
     """
     token = max(16, 1 << (heads.head_dim - 1).bit_length()) * itemsize
     for warps, tile in ONE_HEAD if heads.group == 1 else SOME_HEADS:
+        one = {"tile_bytes": tile, "num_warps": warps, "stages": 2, "ahead": 1}
         tokens = tile // token
         if not 16 <= tokens <= min(reach, 256):
             continue
-        # a softmax for each warp, where there are tokens for it
-        apart = heads.group > 1 and 1 < warps <= tokens // 16
-        for parts in (1, warps) if apart else (1,):
-            one = {"tile_bytes": tile, "num_warps": warps, "stages": 2, "parts": parts}
-            yield from _spread(one, tokens) if reach > 256 else _close(one, tokens, rows, reach)
+        if reach > 256:
+            yield from _spread(one, tokens)
+            continue
+        yield one | {"min_split": tokens, "programs_per_sm": 4}
+        if rows > 1 and tile <= 16384:
+            yield from _whole(one, tokens, reach)
 
 
-def _close(one: Settings, tokens: int, rows: int, reach: int) -> Iterator[Settings]:
-    """A tile a program, in registers or not; or a context in one program or two, as rows fill the device."""
-    tiles = one | {"min_split": tokens, "programs_per_sm": 4}
-    yield tiles | {"stages": 1}
-    if one["parts"] == 1:
-        yield tiles
-    if rows > 1 and one["tile_bytes"] <= 16384:
-        whole = one | {"min_split": reach, "programs_per_sm": 4}
-        yield whole
-        if one["tile_bytes"] <= 8192:
-            yield whole | {"stages": 4}
+def _whole(one: Settings, tokens: int, reach: int) -> Iterator[Settings]:
+    """A context in one program or two, as rows fill the device; its tiles asked for at once, or as they come."""
+    whole = one | {"min_split": reach, "programs_per_sm": 4}
+    yield whole
+    yield whole | {"stages": 3, "ahead": reach // tokens}
+    if one["tile_bytes"] <= 8192:
+        yield whole | {"stages": 4, "ahead": reach // tokens}
+        yield whole | {"stages": 3, "ahead": max(2, reach // tokens // 2), "min_split": reach // 2}
 
 
 def _spread(one: Settings, tokens: int) -> Iterator[Settings]:
@@ -96,8 +96,8 @@ def _spread(one: Settings, tokens: int) -> Iterator[Settings]:
     if programs:
         split = one | {"min_split": max(64, tokens), "programs_per_sm": programs}
         yield split
-        yield split | {"stages": 3}
-        yield split | {"programs_per_sm": max(1, programs // 2), "stages": 4}
+        yield split | {"ahead": 4}
+        yield split | {"programs_per_sm": max(1, programs // 2), "stages": 3, "ahead": 4}
 
 
 class Layers:

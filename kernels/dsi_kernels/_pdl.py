@@ -11,8 +11,7 @@ Rules, each of which has bitten somebody:
 
 - every kernel launched so waits, also one that needs nothing of its predecessor: the next may need it through that one;
 - nothing is stored before the wait: an earlier kernel may still read what stood there;
-- a loop that reads ahead does so before its first turn, and so before a wait inside it: the wait stands before the
-  loop, or the loop reads nothing that an earlier kernel writes;
+- the wait stands before a loop that reads ahead, never inside;
 - several kernels back may still be running at the start, not the one before alone.
 
 Both are inline assembler with a memory clobber, which `triton.language.extra.cuda.gdc_wait` lacks (3.6), so that no

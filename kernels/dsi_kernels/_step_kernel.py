@@ -110,9 +110,7 @@ def _tile(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RING: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """(k, v, position of each slot, whether it is attended to) of slots t0 + r."""
-    d = tl.arange(0, BLOCK_D)
-    for _ in tl.static_range(len(r.shape)):
-        d = tl.expand_dims(d, 0)
+    d = tl.arange(0, BLOCK_D)[None, :] if DOT else tl.arange(0, BLOCK_D)[None, None, None, :]
     t = t0 + r
     live = t < hi
     wide, inside = tl.expand_dims(r, len(r.shape)), tl.expand_dims(live, len(r.shape))
@@ -142,28 +140,25 @@ def _fold(
 ):  # fmt: skip
     """The softmax (m, z, acc) with a tile more.
 
-    DOT: q [G, D], k [T, D], m [G], or all that for each of PARTS parts of the tile. Else q [R, G, 1, D],
-    k [R, 1, REPS, D], m [R, G, 1]: one layout for them all.
+    DOT: q [G, D], k [T, D], m [G]. Else q [R, G, 1, D], k [R, 1, REPS, D], m [R, G, 1]: one layout for them all.
     """
-    # the tokens' axis in the scores
-    AXIS: tl.constexpr = len(q.shape) - 1 if DOT else 2
     if DOT:
-        s = tl.dot(q, tl.trans(k) if AXIS == 1 else tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale
-        live, at = tl.expand_dims(live, AXIS - 1), tl.expand_dims(at, AXIS - 1)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        live, at = live[None, :], at[None, :]
     else:
         s = tl.sum(q * k.to(tl.float32), axis=3) * scale
     s = _capped(s, cap, CAPPED)
     if ALIBI:
         s += _bias(slope, places_ptr, at, live, alibi_scale, ROUND, DTYPE, SCALED)
     s = tl.where(live, s, float("-inf"))
-    top = tl.maximum(m, tl.max(s, axis=AXIS) if DOT else tl.max(s, axis=2)[:, :, None])
+    top = tl.maximum(m, tl.max(s, axis=1) if DOT else tl.max(s, axis=2)[:, :, None])
     # -inf - -inf is NaN: with nothing seen yet, measure from 0
     base = tl.where(top == float("-inf"), 0.0, top)
     kept = tl.exp2(m - base)
     if DOT:
-        p = tl.exp2(s - tl.expand_dims(base, AXIS))
-        z = z * kept + tl.sum(p, axis=AXIS)
-        acc = acc * tl.expand_dims(kept, AXIS) + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        p = tl.exp2(s - base[:, None])
+        z = z * kept + tl.sum(p, axis=1)
+        acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     else:
         p = tl.exp2(s - base)
         z = z * kept + tl.sum(p, axis=2)[:, :, None]
@@ -235,7 +230,7 @@ def _stretch(
 def _leave(
     m, z, acc, m_ptr, z_ptr, acc_ptr, ticket_ptr, out_ptr, row, group, split, splits, live_splits,
     HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_S: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_S: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The output of the group whose first head is `row`: from one split, or from all, by whoever ends last."""
     if not DOT:
@@ -244,10 +239,6 @@ def _leave(
         z, acc = tl.sum(z * share, axis=0), tl.sum(acc * share[:, :, :, None], axis=0)
         m, z = tl.reshape(top, [BLOCK_G]), tl.reshape(z, [BLOCK_G])
         acc = tl.reshape(acc, [BLOCK_G, BLOCK_D])
-    elif PARTS > 1:
-        top = tl.max(m, axis=0)
-        share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
-        m, z, acc = top, tl.sum(z * share, axis=0), tl.sum(acc * share[:, :, None], axis=0)
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     inside = (g < group)[:, None] & (d < HEAD_DIM)[None, :]
     if live_splits == 1:
@@ -272,6 +263,31 @@ def _leave(
 
 
 @triton.jit
+def _ask_ahead(
+    k_ptr, v_ptr, lo, hi, k_t, v_t,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The tiles of K and V before the AHEAD-th, but the first, to the L2 cache; nothing waits for them."""
+    SIZE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+    # a line of 128 bytes a request
+    LINES: tl.constexpr = BLOCK_D * SIZE // 128 if BLOCK_D * SIZE > 128 else 1
+    d = tl.minimum(tl.arange(0, LINES) * (128 // SIZE), HEAD_DIM - 1)[None, :]
+    for tile in tl.static_range(1, AHEAD):
+        if lo + tile * BLOCK_T < hi:
+            t = tl.minimum(lo + tile * BLOCK_T + tl.arange(0, BLOCK_T), hi - 1).to(tl.int64)[:, None]
+            _request(k_ptr + t * k_t + d)
+            _request(v_ptr + t * v_t + d)
+
+
+@triton.jit
+def _request(at):
+    """The lines that addresses are in, to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _wait(PDL: tl.constexpr):
     if PDL:
         wait()
@@ -284,9 +300,7 @@ def _open(PDL: tl.constexpr):
 
 
 @triton.jit
-def _seats(
-    split, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
+def _seats(split, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
     """(tokens of a tile, zeros, query heads, whether the new token is this program's and row's).
 
     What is computed is [R, G, 1, D], where a row stands for a token of a tile and what is of no head stands in every
@@ -294,8 +308,6 @@ def _seats(
     """
     if DOT:
         r = tl.arange(0, BLOCK_T)
-        if PARTS > 1:
-            r = tl.reshape(r, [PARTS, BLOCK_T // PARTS])
         head = tl.arange(0, BLOCK_G)[:, None, None]
         still = head * 0
         fresh = still == split
@@ -327,12 +339,17 @@ def _about(
 
 
 @triton.jit
-def _terms(cos_ptr, sin_ptr, row, b, cos_b, cos_t, sin_b, sin_t, d, ROTARY: tl.constexpr):
-    """(cos, sin) of the new token's position, which is that row of the tables."""
+def _terms(
+    cos_ptr, sin_ptr, at_ptr, b, cos_b, cos_t, sin_b, sin_t, d, AT_STRIDE: tl.constexpr, ROTARY: tl.constexpr
+):  # fmt: skip
+    """(cos, sin) of the new token's position."""
     cos, sin = 1.0, 0.0
     if ROTARY > 0:
-        cos = tl.load(cos_ptr + b * cos_b + row * cos_t + d, mask=d < ROTARY, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + b * sin_b + row * sin_t + d, mask=d < ROTARY, other=0.0).to(tl.float32)
+        at = b * 0
+        if at_ptr is not None:
+            at = tl.load(at_ptr + b * AT_STRIDE)
+        cos = tl.load(cos_ptr + b * cos_b + at * cos_t + d, mask=d < ROTARY, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * sin_b + at * sin_t + d, mask=d < ROTARY, other=0.0).to(tl.float32)
     return cos, sin
 
 
@@ -348,76 +365,9 @@ def _write(
         tl.store(v_ptr + copy * v_h + slot * v_t + d, v, mask=live)
 
 
-@triton.jit
-def _new_token(
-    qkv_ptr, k_ptr, v_ptr, q_w_ptr, k_w_ptr, q_b_ptr, k_b_ptr, b, h, kv_heads, group, qkv_b, place, capacity,
-    k_h, k_t, v_h, v_t, still, head, fresh, seen, bias, cos, sin, d, eps, offset, scale, cap,
-    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr,
-    CAPPED: tl.constexpr, RING: tl.constexpr, REPEAT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """(the queries, and the softmax of the new token alone: m, z, acc); the token is in the cache then."""
-    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
-    wide = still[:, :, :, None]
-    _wait(PDL)
-
-    row_ptr = qkv_ptr + b * qkv_b
-    k_new_ptr = row_ptr + (kv_heads * group + h) * HEAD_DIM
-    head, ours = head[:, :, :, None], fresh[:, :, :, None]
-    q, q_other = _head(row_ptr + h * group * HEAD_DIM, head * HEAD_DIM + wide, d, head < group, HEAD_DIM, ROTARY, PAIRS)
-    k, k_other = _head(k_new_ptr, wide, d, ours, HEAD_DIM, ROTARY, PAIRS)
-    v = tl.load(k_new_ptr + kv_heads * HEAD_DIM + wide + d, mask=ours & (d < HEAD_DIM), other=0.0)
-    q = _formed(
-        q, q_other, cos, sin, q_w_ptr, q_b_ptr, wide + d, eps, offset, HEAD_DIM, ROTARY, PAIRS, NORM
-    ).to(DTYPE)  # fmt: skip
-    k = _formed(
-        k, k_other, cos, sin, k_w_ptr, k_b_ptr, wide + d, eps, offset, HEAD_DIM, ROTARY, PAIRS, NORM
-    ).to(DTYPE)  # fmt: skip
-
-    first = head == 0 if DOT else ours
-    _write(
-        k_ptr, v_ptr, k, v, wide.to(tl.int64) + place, d, ours & first & (d < HEAD_DIM), capacity,
-        k_h, k_t, v_h, v_t, RING, REPEAT,
-    )  # fmt: skip
-
-    m = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=3) * scale, cap, CAPPED) + bias
-    m = tl.where(seen, m, float("-inf"))
-    z = tl.where(seen, 1.0, 0.0) + tl.zeros_like(m)
-    acc = tl.where(seen[:, :, :, None], v.to(tl.float32), 0.0) + tl.zeros_like(q).to(tl.float32)
-    if DOT:
-        q, acc = tl.reshape(q, [BLOCK_G, BLOCK_D]), tl.reshape(acc, [BLOCK_G, BLOCK_D])
-        m, z = tl.reshape(m, [BLOCK_G]), tl.reshape(z, [BLOCK_G])
-        if PARTS > 1:
-            # of one of them
-            mine = (tl.arange(0, PARTS) == 0)[:, None]
-            q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_G, BLOCK_D])
-            m, z = tl.where(mine, m[None, :], float("-inf")), tl.where(mine, z[None, :], 0.0)
-            acc = tl.where(mine[:, :, None], acc[None, :, :], 0.0)
-    else:
-        q = q.to(tl.float32)
-    return q, m, z, acc
-
-
-@triton.jit
-def _nothing(
-    like, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """What `_new_token` gives, of nothing."""
-    if DOT and PARTS > 1:
-        q, m = tl.zeros([PARTS, BLOCK_G, BLOCK_D], like.dtype.element_ty), tl.zeros([PARTS, BLOCK_G], tl.float32)
-        acc = tl.zeros([PARTS, BLOCK_G, BLOCK_D], tl.float32)
-    elif DOT:
-        q, m = tl.zeros([BLOCK_G, BLOCK_D], like.dtype.element_ty), tl.zeros([BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    else:
-        q, m = tl.zeros([ROWS, BLOCK_G, 1, BLOCK_D], tl.float32), tl.zeros([ROWS, BLOCK_G, 1], tl.float32)
-        acc = q
-    return q, m, m, acc
-
-
 # what grows with every token is no reason to compile again
 @triton.jit(do_not_specialize=["start", "width", "splits", "min_split", "window", "mask_b", "places_b"])
-def step_attention_kernel(
+def step_attention_kernel(  # noqa: PLR0915 - a prologue, a loop and an epilogue
     qkv_ptr, k_ptr, v_ptr, out_ptr, m_ptr, z_ptr, acc_ptr, ticket_ptr, cos_ptr, sin_ptr, at_ptr,
     q_w_ptr, k_w_ptr, q_b_ptr, k_b_ptr, mask_ptr, slopes_ptr, places_ptr,
     start, width, capacity, splits, min_split, window, scale, cap, eps, offset, alibi_scale, kv_heads, group,
@@ -426,8 +376,8 @@ def step_attention_kernel(
     PAIRS: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, RING: tl.constexpr, REPEAT: tl.constexpr,
     ROUND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,
     DOT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, LONG: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _open(PDL)
     ALIBI: tl.constexpr = slopes_ptr is not None
@@ -438,17 +388,14 @@ def step_attention_kernel(
     scale, cap, alibi_scale = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32), tl.cast(alibi_scale, tl.float32)
     eps, offset = tl.cast(eps, tl.float32), tl.cast(offset, tl.float32)
 
-    # in the same trip, which the context waits for; behind it the tables would wait for much of the context
-    place, row = read_position(start, b, START_STRIDE), b * 0
-    if at_ptr is not None:
-        row = tl.load(at_ptr + b * AT_STRIDE)
+    place = read_position(start, b, START_STRIDE)
     n, oldest, lo, hi, live_splits = _stretch(place, split, splits, min_split, width, capacity, window, BLOCK_T, RING)
     # as every kernel that was launched so must, it waits, and ends then, having touched nothing
     if split >= live_splits:
         _wait(PDL)
         return
 
-    r, still, head, fresh = _seats(split, BLOCK_G, BLOCK_T, ROWS, DOT, PARTS)
+    r, still, head, fresh = _seats(split, BLOCK_G, BLOCK_T, ROWS, DOT)
     d = tl.arange(0, BLOCK_D)[None, None, None, :]
     k_ptr += b * k_b + h * REPEAT * k_h
     v_ptr += b * v_b + h * REPEAT * v_h
@@ -456,29 +403,63 @@ def step_attention_kernel(
         mask_ptr += b * mask_b
     if places_ptr is not None:
         places_ptr += b * places_b
-    cos, sin = _terms(cos_ptr, sin_ptr, row, b, cos_b, cos_t, sin_b, sin_t, still[:, :, :, None] + d, ROTARY)
+    k, v, at, live = _tile(
+        k_ptr, v_ptr, mask_ptr, lo, r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING, DOT
+    )
+    if PDL and LONG:
+        _ask_ahead(k_ptr, v_ptr, lo, hi, k_t, v_t, HEAD_DIM, BLOCK_D, BLOCK_T, AHEAD)
     slope, new_bias, seen = _about(
         still.to(tl.int64) + place, head, fresh, mask_ptr, slopes_ptr, places_ptr, h * group, group, width, mask_t,
         alibi_scale, ROUND, DTYPE, SCALED, ALIBI, BLOCK_G, DOT,
     )  # fmt: skip
-    q, m, z, acc = _nothing(qkv_ptr, BLOCK_G, BLOCK_D, ROWS, DOT, PARTS)
-    # once at least: the new token is in it
-    for t0 in tl.range(lo, tl.maximum(hi, lo + 1), BLOCK_T, num_stages=STAGES):
-        k, v, at, live = _tile(
-            k_ptr, v_ptr, mask_ptr, t0, r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING, DOT
-        )
-        # as many tiles as the stages hold are on their way by now
-        if t0 == lo:
-            q, m, z, acc = _new_token(
-                qkv_ptr, k_ptr, v_ptr, q_w_ptr, k_w_ptr, q_b_ptr, k_b_ptr, b, h, kv_heads, group, qkv_b, place,
-                capacity, k_h, k_t, v_h, v_t, still, head, fresh, seen, new_bias, cos, sin, d, eps, offset, scale, cap,
-                HEAD_DIM, ROTARY, PAIRS, NORM, CAPPED, RING, REPEAT, BLOCK_G, BLOCK_D, DOT, PARTS, PDL,
+    wide = still[:, :, :, None]
+    cos, sin = _terms(cos_ptr, sin_ptr, at_ptr, b, cos_b, cos_t, sin_b, sin_t, wide + d, AT_STRIDE, ROTARY)
+    _wait(PDL)
+
+    row_ptr = qkv_ptr + b * qkv_b
+    k_new_ptr = row_ptr + (kv_heads * group + h) * HEAD_DIM
+    head, ours = head[:, :, :, None], fresh[:, :, :, None]
+    q, q_other = _head(row_ptr + h * group * HEAD_DIM, head * HEAD_DIM + wide, d, head < group, HEAD_DIM, ROTARY, PAIRS)
+    k_new, k_other = _head(k_new_ptr, wide, d, ours, HEAD_DIM, ROTARY, PAIRS)
+    v_new = tl.load(k_new_ptr + kv_heads * HEAD_DIM + wide + d, mask=ours & (d < HEAD_DIM), other=0.0)
+    q = _formed(
+        q, q_other, cos, sin, q_w_ptr, q_b_ptr, wide + d, eps, offset, HEAD_DIM, ROTARY, PAIRS, NORM
+    ).to(k.dtype)  # fmt: skip
+    k_new = _formed(
+        k_new, k_other, cos, sin, k_w_ptr, k_b_ptr, wide + d, eps, offset, HEAD_DIM, ROTARY, PAIRS, NORM
+    ).to(k.dtype)  # fmt: skip
+
+    first = head == 0 if DOT else ours
+    _write(
+        k_ptr, v_ptr, k_new, v_new, wide.to(tl.int64) + place, d, ours & first & (d < HEAD_DIM), capacity,
+        k_h, k_t, v_h, v_t, RING, REPEAT,
+    )  # fmt: skip
+
+    # the softmax of the new token alone
+    m = _capped(tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=3) * scale, cap, CAPPED) + new_bias
+    m = tl.where(seen, m, float("-inf"))
+    z = tl.where(seen, 1.0, 0.0) + tl.zeros_like(m)
+    acc = tl.where(seen[:, :, :, None], v_new.to(tl.float32), 0.0) + tl.zeros_like(q).to(tl.float32)
+    if DOT:
+        q, acc = tl.reshape(q, [BLOCK_G, BLOCK_D]), tl.reshape(acc, [BLOCK_G, BLOCK_D])
+        m, z = tl.reshape(m, [BLOCK_G]), tl.reshape(z, [BLOCK_G])
+    else:
+        q = q.to(tl.float32)
+
+    m, z, acc = _fold(
+        q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
+        CAPPED, ROUND, DTYPE, SCALED, ALIBI, DOT,
+    )  # fmt: skip
+    if LONG:
+        for t0 in tl.range(lo + BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
+            k, v, at, live = _tile(
+                k_ptr, v_ptr, mask_ptr, t0, r, k_t, v_t, mask_t, hi, n, oldest, capacity, HEAD_DIM, BLOCK_D, RING, DOT
+            )
+            m, z, acc = _fold(
+                q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
+                CAPPED, ROUND, DTYPE, SCALED, ALIBI, DOT,
             )  # fmt: skip
-        m, z, acc = _fold(
-            q, k, v, at, live, slope, places_ptr, scale, cap, alibi_scale, m, z, acc,
-            CAPPED, ROUND, DTYPE, SCALED, ALIBI, DOT,
-        )  # fmt: skip
     _leave(
         m, z, acc, m_ptr, z_ptr, acc_ptr, ticket_ptr, out_ptr, (b * kv_heads + h) * group, group, split, splits,
-        live_splits, HEAD_DIM, BLOCK_G, BLOCK_D, HEADS, MOST, BLOCK_S, DOT, PARTS,
+        live_splits, HEAD_DIM, BLOCK_G, BLOCK_D, HEADS, MOST, BLOCK_S, DOT,
     )  # fmt: skip

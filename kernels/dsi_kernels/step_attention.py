@@ -14,13 +14,12 @@ output. Several leave (m, z, acc) in fp32, and the program that draws the last t
 and acquire at the scope of the device, after a barrier of its program's threads) adds them up, in the order of the
 splits whoever it is, and puts the ticket back to 0: same input, same output, bit for bit.
 
-With programmatic dependent launch the wait stands in the first turn of the loop over the context: the tiles of K and V
-that its stages hold (in registers, with one stage) are on their way by then, and so are the mask, the
-position and the tables. All of them were written before the graph was launched: a graph holds one step, of which this
-launch alone writes to these buffers, and at slots that are not read; the counters move on in the step's last kernel.
-qkv, scratch and tickets are touched after the wait. A program is there the sooner beside what still runs the smaller it
-is: 200 tokens of 32 heads cost a step 3.7 us a layer in 13 programs of one warp for each head, and 6.2 in one of 16
-warps (H200).
+With programmatic dependent launch the first tiles of K and V, the mask, the position and the tables are loaded before
+the wait, and further tiles asked into the L2 cache. All of them were written before the graph was launched: a graph
+holds one step, of which this launch alone writes to these buffers, and at slots that are not read; the counters move on
+in the step's last kernel. qkv, scratch and tickets are touched after the wait. A program is there the sooner beside
+what still runs the smaller it is: 200 tokens of 32 heads cost a step 3.7 us a layer in 13 programs of one warp for each
+head, and 6.2 in one of 16 warps (H200).
 
 Casting: norm and rotation in fp32 with one rounding of q and k to the dtype; scores and softmax in fp32, base 2. A
 group of two or more goes through tl.dot, which takes the weights rounded to the dtype (fp32 stays fp32, not TF32). One
@@ -126,9 +125,8 @@ def step_attention(
         reach: positions that the launch is planned for, whatever the cache could hold: splits and settings, and so the
             bits, go by it. More than are filled for as long as the launch is used; None for the capacity.
         config: all settings of tuned/step_attention/default.json, in the place of the tuned ones: tile_bytes of K, and
-            as many of V; num_warps; stages of the loop, 1 for a tile in registers; min_split tokens a program or more;
-            programs_per_sm at most; parts of a tile, a power of two, that have a softmax of their own where query heads
-            share a KV head.
+            as many of V; num_warps; stages of the loop; min_split tokens a program or more; programs_per_sm at most;
+            ahead, how many tiles are on their way before the launch before has ended.
 
     Returns:
         [B, heads * head_dim] in qkv's dtype; 0 where there is nothing to attend to.
@@ -181,7 +179,9 @@ def _settings(
     return config, sms
 
 
-def _blocks(group: int, head_dim: int, itemsize: int, splits: int, config: Mapping[str, int]) -> dict[str, Any]:
+def _blocks(
+    group: int, head_dim: int, itemsize: int, splits: int, reach: int, config: Mapping[str, int]
+) -> dict[str, Any]:
     """How a launch is cut, and its warps."""
     block_g, block_d = block_sizes(group, head_dim)
     heads, most = triton.next_power_of_2(group), triton.next_power_of_2(splits)
@@ -191,8 +191,6 @@ def _blocks(group: int, head_dim: int, itemsize: int, splits: int, config: Mappi
     warps = min(16, max(config["num_warps"], block_g * block_d // 2048))
     return {
         "DOT": dot,
-        # sixteen tokens of each are what a tensor core takes
-        "PARTS": min(config["parts"], warps, block_t // 16) if dot else 1,
         "BLOCK_G": block_g,
         "BLOCK_D": block_d,
         "BLOCK_T": block_t,
@@ -202,6 +200,9 @@ def _blocks(group: int, head_dim: int, itemsize: int, splits: int, config: Mappi
         "MOST": most,
         "BLOCK_S": max(1, min(most, MERGE_TILE * warps // (heads * block_d))),
         "STAGES": config["stages"],
+        "AHEAD": config["ahead"],
+        # whether a split can be longer than a tile
+        "LONG": min(reach, max(config["min_split"], triton.cdiv(reach, splits))) > block_t,
         "num_warps": warps,
     }
 
@@ -290,6 +291,6 @@ def _launch(
             START_STRIDE=start_stride, HEAD_DIM=head_dim, CAPPED=cap is not None, RING=ring,
             REPEAT=cache_heads // kv_heads,
             **rope_given, **_norm_arguments(norm), **_alibi_arguments(qkv, alibi),
-            **_blocks(group, head_dim, qkv.element_size(), splits, config), **launch_options(qkv.device),
+            **_blocks(group, head_dim, qkv.element_size(), splits, reach, config), **launch_options(qkv.device),
         )  # fmt: skip
     return out

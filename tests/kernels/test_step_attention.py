@@ -10,7 +10,7 @@ from tests.kernels.tolerance import DTYPES, ULP, assert_close
 
 MODULE = sys.modules["dsi_kernels.step_attention"]
 # several tiles a split, and several splits, out of few tokens
-SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 48, "programs_per_sm": 4, "parts": 1}
+SMALL = {"tile_bytes": 1, "num_warps": 4, "stages": 1, "min_split": 48, "programs_per_sm": 4, "ahead": 3}
 
 
 class Case:
@@ -88,21 +88,6 @@ def test_matches_reference(sizes, dtype, device):
     if dtype is torch.float32:
         _, k, v = case.run()
         assert_close(out, sdpa(case, k, v, case.start + 1), 1e-6)
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("start", [0, 5, 70, 89])
-def test_parts_of_a_tile_have_softmaxes_of_their_own(start, parts, device):
-    """A tile of 64 tokens, of which the last ones, parts and splits have none."""
-    case = Case(device, B=1, heads=6, kv_heads=2, start=start)
-    tiles = {**SMALL, "tile_bytes": 8192, "min_split": 64, "stages": 2}
-    mask = torch.rand(1, 1, 1, 90, device=device) > 0.5
-    mask[..., 3:40] = False
-    alibi = StepAlibi((torch.rand(6) / 8).to(device))
-    for config in ({**tiles, "parts": parts}, {**tiles, "parts": parts, "min_split": 1024}):
-        out = case.check(config=config)
-        case.check(config=config, mask=mask, alibi=alibi, softcap=3.0, rope=rope(device, rows=1))
-        assert_close(case.run(config=tiles)[0], out, 1e-6)
 
 
 @pytest.mark.parametrize("group", [1, 3])
