@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dsi.config import InferenceConfig, load_config
-from dsi.containers import Container
+from dsi.containers import StandIn
 from dsi.engine import InferenceEngine, attach_session
 from dsi.errors import InjectionError, UnsupportedModelError
 from dsi.inject import inject
@@ -89,7 +89,7 @@ def optimize(model: nn.Module, settings: InferenceConfig, group: Group | None = 
 def _optimized(model: nn.Module) -> str | None:
     """The model, or the first part of it, that another engine has changed."""
     for path, module in model.named_modules():
-        if "_dsi" in module.__dict__ or isinstance(module, Container):
+        if "_dsi" in module.__dict__ or isinstance(module, StandIn):
             return f"{path} of {type(model).__name__}" if path else type(model).__name__
     return None
 

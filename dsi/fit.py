@@ -16,9 +16,25 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dsi.containers.base import Container
+from dsi.containers.map_base import MapContainer
+from dsi.containers.stand_in import StandIn, holds
 from dsi.errors import PolicyError
-from dsi.policy import Attr, Block, Concat, Config, Inverse, Keep, Linear, Norm, Packed, Refusal, RotaryTable
+from dsi.policy import (
+    ABSENT,
+    Attr,
+    Block,
+    Concat,
+    Config,
+    Conv,
+    Inverse,
+    Keep,
+    Linear,
+    Norm,
+    Packed,
+    Refusal,
+    RotaryTable,
+    Slot,
+)
 
 ReasonCode = Literal[
     "no_policy",
@@ -44,6 +60,8 @@ ReasonCode = Literal[
 
 CONV1D = "transformers.pytorch_utils:Conv1D"
 LINEAR = "torch.nn.modules.linear:Linear"
+CONV = "torch.nn.modules.conv:Conv2d"
+LINEAR_OR_CONV = "linear or 1x1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,11 +83,13 @@ class Fit:
 
     Args:
         container: the container's class.
+        block: as it holds for this layer, without the slots of places that are empty here.
         facts: fact -> value read.
         config: of the nearest enclosing model, or None.
     """
 
-    container: type[Container]
+    container: type[StandIn]
+    block: Block
     config: Any = None
     facts: Mapping[str, Any] = attrs.field(converter=_read_only)
 
@@ -80,7 +100,7 @@ def class_name(obj: object) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def load_class(name: str) -> type[Container]:
+def load_class(name: str) -> type[StandIn]:
     """The container class that "module:Class" names.
 
     Raises:
@@ -92,7 +112,7 @@ def load_class(name: str) -> type[Container]:
     # it is a plugin's module that runs here, for the first time
     except (Exception, SystemExit) as error:
         raise PolicyError(f"container {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Container)):
+    if not (isinstance(found, type) and issubclass(found, StandIn)):
         raise PolicyError(f"container {name!r} is {found!r}, not a subclass of dsi.containers.Container")
     return found
 
@@ -114,22 +134,24 @@ def fit(block: Block, layer: nn.Module, config: Any, where: str, *, loaded: bool
     obstacle = _obstacle(layer, config, block.call.attention, loaded)
     if obstacle is not None:
         return obstacle
-    wrong = _wrong_source(block, layer, where)
+    block = _present(block, container, layer)
+    wrong = _not_neutral(block, layer) or _wrong_source(block, layer, where)
     if wrong is not None:
         return wrong
     _check_complete(block, layer, where)
     _check_places(block, container, where)
     _check_rotary_table(block, layer, where)
+    _check_inputs(block, container, where)
     facts = _read_facts(block, container, layer, config, where)
     if isinstance(facts, Reason):
         return facts
     refusal = _checked(container, facts, block, where)
     if refusal is not None:
         return Reason("refused", f"{refusal.reason}. {refusal.hint}".strip())
-    return Fit(container=container, facts=facts, config=config)
+    return Fit(container=container, block=block, facts=facts, config=config)
 
 
-def _checked(container: type[Container], facts: Mapping[str, Any], block: Block, where: str) -> Refusal | None:
+def _checked(container: type[StandIn], facts: Mapping[str, Any], block: Block, where: str) -> Refusal | None:
     try:
         # a copy of the facts, so that a check which changes them changes nothing
         answer: Any = container.check(dict(facts), block.slots)
@@ -145,7 +167,7 @@ def _checked(container: type[Container], facts: Mapping[str, Any], block: Block,
 
 
 def _obstacle(layer: nn.Module, config: Any, known: frozenset[str], loaded: bool) -> Reason | None:
-    if isinstance(layer, Container):
+    if isinstance(layer, StandIn):
         return Reason("already_replaced", "a dsi container stands here already; engine.restore() first")
     if layer.training:
         return Reason("training_mode", "the model is in training mode; call model.eval() first")
@@ -190,41 +212,94 @@ def _unusable_weights(layer: nn.Module, loaded: bool) -> Reason | None:
     return None
 
 
+def _present(block: Block, container: type[StandIn], layer: nn.Module) -> Block:
+    """The block without slots that the container can do without and this layer does not have."""
+    slots = {
+        place: slot
+        for place, slot in block.slots.items()
+        if container.SLOTS.get(place, True) or not any(_ends_in_none(layer, path) for path in slot.sources())
+    }
+    return block if len(slots) == len(block.slots) else attrs.evolve(block, slots=slots)
+
+
+def _ends_in_none(layer: nn.Module, path: str) -> bool:
+    """Whether an attribute on the way to a submodule is None."""
+    found: Any = layer
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, ABSENT)
+        if found is None:
+            return True
+    return False
+
+
+def _not_neutral(block: Block, layer: nn.Module) -> Reason | None:
+    """Something about the layer that the container knows nothing of."""
+    for path, value in block.neutral.items():
+        if holds(layer, tuple(path.split(".")), value):
+            continue
+        found: Any = layer
+        for name in path.split("."):
+            found = getattr(found, name, ABSENT)
+        words = class_name(found) if isinstance(found, nn.Module) else repr(found)
+        return Reason("refused", f"{path} is {words}; {value!r} is implemented")
+    return None
+
+
 def _wrong_source(block: Block, layer: nn.Module, where: str) -> Reason | None:
     """A projection or norm that is not the class its slot is made for: quantized, wrapped by adapters, or replaced."""
     for place, slot in block.slots.items():
         for path in slot.sources():
+            if _ends_in_none(layer, path):
+                return Reason("refused", f"{path} is None")
             module = submodule(layer, path, f"{where}: slot {place!r}")
             if isinstance(slot, Keep):
                 continue
-            wanted = _wanted_class(slot)
+            wanted = _wanted_class(slot, module)
             found = class_name(module)
             if found == wanted:
+                if (unknown := _unknown_window(slot, module)) is not None:
+                    return Reason("refused", f"{path or 'the layer'} {unknown}")
                 continue
             code: ReasonCode = "wrapped" if any(word in found.lower() for word in ("lora", "peft")) else "quantized"
             return Reason(code, f"{path} is {found}, not {wanted}")
     return None
 
 
-def _wanted_class(slot: Any) -> str:
+def _wanted_class(slot: Slot, module: nn.Module) -> str:
     if isinstance(slot, Norm):
         return slot.cls
+    if isinstance(slot, Conv):
+        return CONV
+    if isinstance(slot, Linear) and slot.cls == LINEAR_OR_CONV:
+        return CONV if class_name(module) == CONV else LINEAR
     if isinstance(slot, Linear | Concat | Packed):
         return slot.cls or (CONV1D if slot.transposed else LINEAR)
     raise PolicyError(f"slot {slot!r} is of no kind that dsi knows")
+
+
+def _unknown_window(slot: Slot, module: nn.Module) -> str | None:
+    """What a convolution does that no container computes, in words."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return f"pads with {module.padding_mode}, by {module.padding}; zeros by numbers are implemented"
+    one = {(1, 1)} == {module.kernel_size, module.stride} and module.padding == (0, 0) and module.groups == 1
+    if isinstance(slot, Linear) and not one:
+        return f"is a convolution of {module.kernel_size}, not of one pixel"
+    return None
 
 
 # --- what the policy says ---------------------------------------------------------------------------------------------
 
 
 def submodule(layer: nn.Module, path: str, where: str) -> nn.Module:
-    """The module at a dotted path.
+    """The module at a dotted path; "" is the layer itself.
 
     Raises:
         PolicyError: nothing is there.
     """
     found: Any = layer
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = getattr(found, name, None)
         if not isinstance(found, nn.Module):
             raise PolicyError(f"{where}: {type(layer).__name__} has no submodule {path!r} (stopped at {name!r})")
@@ -239,7 +314,7 @@ def _check_complete(block: Block, layer: nn.Module, where: str) -> None:
             if path in readers:
                 raise PolicyError(f"{where}: {path} feeds both slot {readers[path]!r} and slot {place!r}")
             readers[path] = place
-    known = tuple(f"{path}." for path in (*readers, *block.ignore))
+    known = tuple(f"{path}." if path else "" for path in (*readers, *block.ignore))
     left = [name for name, _ in layer.named_parameters(remove_duplicate=False) if not name.startswith(known)]
     if left:
         raise PolicyError(
@@ -251,7 +326,7 @@ def _check_complete(block: Block, layer: nn.Module, where: str) -> None:
         raise PolicyError(f"{where}: the policy says nothing of the persistent buffers {', '.join(buffers)}")
 
 
-def _check_places(block: Block, container: type[Container], where: str) -> None:
+def _check_places(block: Block, container: type[StandIn], where: str) -> None:
     unknown = sorted(block.slots.keys() - container.SLOTS.keys())
     missing = sorted(place for place, required in container.SLOTS.items() if required and place not in block.slots)
     renamed = sorted(place for place, slot in block.slots.items() if isinstance(slot, Keep) and slot.path != place)
@@ -261,6 +336,16 @@ def _check_places(block: Block, container: type[Container], where: str) -> None:
         raise PolicyError(
             f"{where}: {container.__name__} takes the slots {', '.join(container.SLOTS)}; "
             f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        )
+
+
+def _check_inputs(block: Block, container: type[StandIn], where: str) -> None:
+    known = container.INPUTS if issubclass(container, MapContainer) else frozenset()
+    unknown = sorted(block.call.inputs.keys() - known)
+    if unknown:
+        raise PolicyError(
+            f"{where}: {container.__name__} takes the inputs {', '.join(sorted(known)) or '(none)'}; "
+            f"unknown: {', '.join(unknown)}"
         )
 
 
@@ -276,7 +361,7 @@ def _check_rotary_table(block: Block, layer: nn.Module, where: str) -> None:
 
 
 def _read_facts(
-    block: Block, container: type[Container], layer: nn.Module, config: Any, where: str
+    block: Block, container: type[StandIn], layer: nn.Module, config: Any, where: str
 ) -> dict[str, Any] | Reason:
     missing = sorted(container.FACTS - block.facts.keys())
     unknown = sorted(block.facts.keys() - container.FACTS - container.OPTIONAL_FACTS.keys())

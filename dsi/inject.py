@@ -21,18 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from dsi.config import InferenceConfig
-from dsi.containers.base import Container, fused_class, parked
 from dsi.containers.casting import Residue, cast_with_residue, is_lossless
+from dsi.containers.conv import FusedConv, Window
 from dsi.containers.layouts import row_permutation
 from dsi.containers.linear import FusedLinear, Source, stack
 from dsi.containers.ops import NormOp
 from dsi.containers.packed_table import Packed as PackedWeight
 from dsi.containers.packed_table import PackedTable
+from dsi.containers.shared_products import SharedLinear, SharedProduct
+from dsi.containers.stand_in import StandIn, fused_class, parked
 from dsi.errors import InjectionError, RestoreError
 from dsi.fit import Reason, class_name, submodule
 from dsi.parallel import Group, LayerShard, ShardedContainer, SummedLinear, shard_layer, sharded_class, take
 from dsi.planner import BlockPlan, LeftPlan, Plan, TablePlan, persistent_buffers
-from dsi.policy import Keep, Norm, Packed, Slot
+from dsi.policy import Concat, Conv, Keep, Linear, Norm, Packed, Slot
 from dsi.structure import Structure
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ class Injection:
         containers: the layers now in the model, by path.
         group: the ranks that the layers are split over, or None.
         shards: this rank's part of each layer, by path; empty where nothing is split.
+        products: the shared products, by name, width, dtype and device.
         active: it has not been taken back.
         at: the layer that is being replaced, in words.
     """
@@ -117,9 +120,10 @@ class Injection:
     plan: Plan
     journal: Journal
     residues: Residues = attrs.field(factory=dict)
-    containers: dict[str, Container] = attrs.field(factory=dict)
+    containers: dict[str, StandIn] = attrs.field(factory=dict)
     group: Group | None = None
     shards: dict[str, LayerShard] = attrs.field(factory=dict)
+    products: dict[tuple[Any, ...], SharedProduct] = attrs.field(factory=dict)
     active: bool = True
     at: str = ""
 
@@ -258,20 +262,23 @@ def _replace(model: nn.Module, planned: BlockPlan, injection: Injection) -> None
     if original is None:
         raise InjectionError(f"{planned.path} is gone since the plan was made")
     shard, facts = injection.shards.get(planned.path), planned.fit.facts
-    container_class = planned.fit.container if shard is None else sharded_class(planned.fit.container)
+    container_class: Any = planned.fit.container
+    if shard is not None:
+        container_class = sharded_class(container_class)
     cls = fused_class(container_class, type(original))
     use_triton = planned.ops != "aten"
     container = cls(original, facts if shard is None else {**facts, **shard.facts}, planned.block.call, use_triton)
     if isinstance(container, ShardedContainer) and shard is not None:
         container.shard = shard
     container.model_config = planned.fit.config
+    container.watch(planned.block.neutral)
     for place, slot in planned.block.slots.items():
         if isinstance(slot, Norm):
             _absorb_norm(container, place, slot, injection)
         elif isinstance(slot, Keep):
-            _keep(container, place, slot, injection)
+            _keep(container, place, slot, injection, planned.path)
         else:
-            fused, absorb = _absorb_linear(container, place, slot, injection)
+            fused, absorb = _absorb(container, place, slot, injection)
             injection.journal.do(absorb)
             fused.choose_form_()
     container.finish()
@@ -279,7 +286,7 @@ def _replace(model: nn.Module, planned: BlockPlan, injection: Injection) -> None
     injection.containers[planned.path] = container
 
 
-def _swap(model: nn.Module, parent: nn.Module, name: str, container: Container) -> Step:
+def _swap(model: nn.Module, parent: nn.Module, name: str, container: StandIn) -> Step:
     """Put the container in; taking it out finds it wherever the user has moved it, and leaves other edits alone."""
     original = container.original
 
@@ -292,26 +299,72 @@ def _swap(model: nn.Module, parent: nn.Module, name: str, container: Container) 
     return Step(lambda: parent._modules.__setitem__(name, container), undo)
 
 
-def _absorb_linear(container: Container, place: str, slot: Slot, injection: Injection) -> tuple[FusedLinear, Step]:
+def _absorb(container: StandIn, place: str, slot: Slot, injection: Injection) -> tuple[FusedLinear | FusedConv, Step]:
+    if isinstance(slot, Conv):
+        return _absorb_conv(container, place, slot, injection)
+    return _absorb_linear(container, place, slot, injection)
+
+
+def _absorb_linear(container: StandIn, place: str, slot: Slot, injection: Injection) -> tuple[FusedLinear, Step]:
     """The slot's weights, fused, and the step that puts them into the container and parks the stock parameters."""
-    parameters = {
-        f"{path}.{name}": parameter
-        for path in slot.sources()
-        for name, parameter in submodule(container.original, path, place).named_parameters()
-    }
+    parameters = _parameters(container, place, slot)
     if isinstance(container, ShardedContainer):
         return _absorb_part(container, place, slot, injection, parameters)
-    residues: dict[str, Residue] = {}
-    casts: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        casts[name], residues[name] = cast_with_residue(parameter.data, injection.plan.cast or parameter.dtype)
+    casts, residues = _casts(parameters, injection)
     sources = tuple(_source(path, slot, parameters) for path in slot.sources())
     permutation = _permutation(slot, container.facts)
     weight, bias = stack(sources, permutation, casts)
     # plain at first: packing comes once the stock parameters are gone, so that the weights are never there three times
-    fused = FusedLinear(weight, bias, sources, permutation, "aten")
+    if isinstance(slot, Linear | Concat) and slot.shared:
+        fused: FusedLinear = SharedLinear(weight, bias, sources, _product(slot.shared, weight, injection))
+    else:
+        fused = FusedLinear(weight, bias, sources, permutation, "aten")
     absorption = _Absorption(container, place, fused, injection, parameters, residues)
     return fused, Step(absorption.act, absorption.undo)
+
+
+def _absorb_conv(container: StandIn, place: str, slot: Conv, injection: Injection) -> tuple[FusedConv, Step]:
+    """As `_absorb_linear`, of a convolution."""
+    parameters = _parameters(container, place, slot)
+    casts, residues = _casts(parameters, injection)
+    prefix = f"{slot.path}." if slot.path else ""
+    weight, bias = casts[f"{prefix}weight"].clone(memory_format=torch.channels_last), casts.get(f"{prefix}bias")
+    stock: Any = submodule(container.original, slot.path, place)
+    fused = FusedConv(weight, None if bias is None else bias.clone(), slot.path, Window.of(stock))
+    absorption = _Absorption(container, place, fused, injection, parameters, residues)
+    return fused, Step(absorption.act, absorption.undo)
+
+
+def _parameters(container: StandIn, place: str, slot: Slot) -> dict[str, nn.Parameter]:
+    """The stock parameters of a slot by path."""
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path in slot.sources()
+        for name, parameter in submodule(container.original, path, place).named_parameters()
+    }
+
+
+def _casts(
+    parameters: Mapping[str, nn.Parameter], injection: Injection
+) -> tuple[dict[str, Tensor], dict[str, Residue]]:
+    """The parameters in the dtype that the plan gives them, and what the casts lose."""
+    pairs = {
+        name: cast_with_residue(parameter.data, injection.plan.cast or parameter.dtype)
+        for name, parameter in parameters.items()
+    }
+    return {name: cast for name, (cast, _) in pairs.items()}, {name: residue for name, (_, residue) in pairs.items()}
+
+
+def _product(name: str, weight: Tensor, injection: Injection) -> SharedProduct:
+    """The shared product that a layer's rows are the next of, with room for those of all layers of the plan."""
+    columns = weight.shape[1]
+    key = (name, columns, weight.dtype, weight.device)
+    if key not in injection.products:
+        parts = [slot for block in injection.plan.blocks for slot in block.slots if slot.product == name]
+        parts = [slot for slot in parts if slot.shape[1] == columns]
+        rows, bias = sum(slot.shape[0] for slot in parts), any(slot.bias for slot in parts)
+        injection.products[key] = SharedProduct(name, rows, columns, weight, bias=bias)
+    return injection.products[key]
 
 
 class _Absorption:
@@ -327,9 +380,9 @@ class _Absorption:
 
     def __init__(
         self,
-        container: Container,
+        container: StandIn,
         place: str,
-        fused: FusedLinear,
+        fused: FusedLinear | FusedConv,
         injection: Injection,
         parameters: dict[str, nn.Parameter],
         residues: dict[str, Residue],
@@ -411,7 +464,8 @@ class _PartAbsorption(_Absorption):
 def _source(path: str, slot: Any, parameters: Mapping[str, Tensor]) -> Source:
     weight = parameters[f"{path}.weight"]
     rows = weight.shape[1] if slot.transposed else weight.shape[0]
-    return Source(path=path, rows=rows, transposed=slot.transposed, bias=f"{path}.bias" in parameters)
+    bias, tail = f"{path}.bias" in parameters, tuple(weight.shape[2:])
+    return Source(path=path, rows=rows, transposed=slot.transposed, bias=bias, tail=tail)
 
 
 def _permutation(slot: Slot, facts: Any) -> Tensor | None:
@@ -432,21 +486,25 @@ def _as_it_was(
     return result.copy_(value)
 
 
-def _absorb_norm(container: Container, place: str, slot: Norm, injection: Injection) -> None:
+def _absorb_norm(container: StandIn, place: str, slot: Norm, injection: Injection) -> None:
     """A norm shares the stock parameters, cast where asked."""
     stock = submodule(container.original, slot.path, place)
     for parameter in stock.parameters():
         _cast(parameter, injection)
     weight, bias = stock._parameters.get("weight"), stock._parameters.get("bias")
-    norm = NormOp(slot.kind, weight, bias, float(getattr(stock, slot.eps)), slot.offset)
+    groups = int(stock.num_groups) if isinstance(stock, nn.GroupNorm) else 1
+    norm = NormOp(slot.kind, weight, bias, float(getattr(stock, slot.eps)), slot.offset, groups)
     injection.journal.do(_entry(container._modules, place, norm))
 
 
-def _keep(container: Container, place: str, slot: Keep, injection: Injection) -> None:
-    """A stock module that the container calls as it is, cast where asked."""
+def _keep(container: StandIn, place: str, slot: Keep, injection: Injection, where: str) -> None:
+    """A stock module that the container calls as it is, cast where asked; layers in it are replaced afterwards."""
     stock = submodule(container.original, slot.path, place)
+    inner, prefix = [block.path for block in injection.plan.blocks], f"{where}.{slot.path}."
+    layers = [submodule(stock, path.removeprefix(prefix), path) for path in inner if path.startswith(prefix)]
+    later = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
     for tensor in (*stock.parameters(), *persistent_buffers(stock)):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and id(tensor) not in later:
             _cast(tensor, injection)
     injection.journal.do(_entry(container._modules, place, stock))
 

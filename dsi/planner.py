@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from dsi.config import InferenceConfig
-from dsi.containers.base import Container
 from dsi.containers.casting import is_lossless
+from dsi.containers.conv import choose_conv_form
 from dsi.containers.linear import choose_form
 from dsi.containers.packed_table import may_join, packs_table
+from dsi.containers.stand_in import StandIn
 from dsi.containers.tables import choose_ops
 from dsi.errors import ConfigError, PolicyError, UnsupportedModelError
 from dsi.fit import Fit, Reason, class_name, fit, submodule
-from dsi.policy import Block, CausalLM, Keep, Norm, Policy
-from dsi.registry import Choice, Registry, Rejected
+from dsi.policy import Block, CausalLM, Conv, Keep, Norm, Policy
+from dsi.registry import Choice, Registry, Rejected, stands
 from dsi.structure import Structure
 
 _FAST = "dsi's decode loop for greedy search and sampling, transformers' loop for every other mode"
@@ -41,8 +42,11 @@ class SlotPlan:
         place: its name.
         sources: stock submodules that feed it.
         shape: of the fused weight.
-        form: how the weight will be held, see `dsi.containers.linear`; "shared" for norms.
+        form: how the weight will be held, see `dsi.containers.linear` and `dsi.containers.conv`; "shared" for norms,
+            "kept" for modules that stay.
         bytes_before, bytes_after: of weights and biases.
+        product: the name of the shared product that its rows are part of, or "".
+        bias: it has a bias.
     """
 
     place: str
@@ -51,6 +55,8 @@ class SlotPlan:
     form: str
     bytes_before: int
     bytes_after: int
+    product: str = ""
+    bias: bool = False
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -274,23 +280,26 @@ class _Planner:
         self.dtype_before = (self.lossy or changed or dtypes)[0]
         self.uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self.homes = Counter(id(child) for module in model.modules() for child in module._modules.values())
-        self.choices: dict[tuple[str, int], Choice] = {}
+        self.choices: dict[tuple[str, int, str], Choice] = {}
         self.configs: dict[int, Any] = {}
         self.blocks: list[BlockPlan] = []
         self.reasons: dict[str, Reason] = {}
 
     def plan(self) -> Plan:
         taken = ""
-        for path, module, config in _walk(self.model):
-            # what stands below a layer that is replaced goes with it
-            if taken and path.startswith(taken):
+        kept: tuple[str, ...] = ()
+        for path, module, config, holder in _walk(self.model):
+            # what stands below a layer that is replaced goes with it, but for what it keeps
+            if taken and path.startswith(taken) and not path.startswith(kept):
                 continue
-            self._visit(path, module, config)
+            self._visit(path, module, config, holder)
             if self._takes(path, module):
-                taken = f"{path}."
+                taken = f"{path}." if not (taken and path.startswith(taken)) else taken
+                kept = self._kept(path, kept)
+        self.blocks = [self._net(block) for block in self.blocks]
         decode, text = self._decode()
         rejected: dict[str, tuple[Rejected, ...]] = {}
-        for (layer, _), choice in self.choices.items():
+        for (layer, *_), choice in self.choices.items():
             rejected[layer] = (*rejected.get(layer, ()), *choice.rejected)
         restorable = self.config.keep_original == "host" or not self.lossy
         return Plan(
@@ -310,13 +319,20 @@ class _Planner:
             notes=tuple(self._notes(restorable)),
         )
 
-    def _visit(self, path: str, module: nn.Module, config: Any) -> None:
+    def _kept(self, path: str, kept: tuple[str, ...]) -> tuple[str, ...]:
+        """Prefixes of what stays inside layers that are replaced, the one planned last included."""
+        if not self.blocks or self.blocks[-1].path != path:
+            return kept
+        slots = self.blocks[-1].block.slots.values()
+        return (*kept, *(f"{path}.{slot.path}." for slot in slots if isinstance(slot, Keep)))
+
+    def _visit(self, path: str, module: nn.Module, config: Any, holder: str) -> None:
         reason = self._off(module)
         layer = class_name(module)
-        if reason is None and not self._claimed(layer):
+        if reason is None and not self._claimed(layer, holder):
             return
         if reason is None:
-            choice = self._choose(layer, config)
+            choice = self._choose(layer, config, holder)
             if choice.policy is None or choice.block is None:
                 words = "; ".join(f"{r.full_name}: {r.reason}" for r in choice.rejected)
                 reason = Reason("refused", words) if words else None
@@ -332,28 +348,29 @@ class _Planner:
     def _takes(self, path: str, module: nn.Module) -> bool:
         """Whether a container stands at `path`, now or by this plan."""
         planned = bool(self.blocks) and self.blocks[-1].path == path
-        return planned or isinstance(module, Container)
+        return planned or isinstance(module, StandIn)
 
     def _off(self, module: nn.Module) -> Reason | None:
-        if isinstance(module, Container):
+        if isinstance(module, StandIn):
             return Reason("already_replaced", "a dsi container stands here already; engine.restore() first")
         if not self.config.replace_with_kernel_inject and module is self.model:
             return Reason("switched_off", "replace_with_kernel_inject=False")
         return None
 
-    def _claimed(self, layer: str) -> bool:
+    def _claimed(self, layer: str, holder: str) -> bool:
         if not self.config.replace_with_kernel_inject:
             return False
         explicit = self.config.injection_policy
         if isinstance(explicit, Policy):
-            return any(block.layer == layer for block in explicit.blocks)
-        return bool(self.registry.blocks_for(layer))
+            return any(stands(block, layer, holder) for block in explicit.blocks)
+        return bool(self.registry.blocks_for(layer, holder))
 
-    def _choose(self, layer: str, config: Any) -> Choice:
-        key = (layer, id(config))
+    def _choose(self, layer: str, config: Any, holder: str) -> Choice:
+        key = (layer, id(config), holder)
         if key not in self.choices:
             self.configs[id(config)] = config
-            self.choices[key] = self.registry.choose(layer, config, self.config.injection_policy, guard=self._put_back)
+            explicit = self.config.injection_policy
+            self.choices[key] = self.registry.choose(layer, config, explicit, guard=self._put_back, holder=holder)
         return self.choices[key]
 
     def _put_back(self) -> list[str]:
@@ -386,8 +403,8 @@ class _Planner:
             container=choice.block.container,
             policy=choice.full_name,
             ops=found.container.operations(choose_ops(self.device, self.config.use_triton), found.facts),
-            slots=tuple(self._slot(place, slot, module) for place, slot in choice.block.slots.items()),
-            block=choice.block,
+            slots=tuple(self._slot(place, slot, module) for place, slot in found.block.slots.items()),
+            block=found.block,
             fit=found,
         )
 
@@ -399,7 +416,14 @@ class _Planner:
         after = sum(p.numel() for p in tensors) * dtype.itemsize
         shape, form = self._shape(slot, modules, dtype)
         return SlotPlan(
-            place=place, sources=slot.sources(), shape=shape, form=form, bytes_before=before, bytes_after=after
+            place=place,
+            sources=slot.sources(),
+            shape=shape,
+            form=form,
+            bytes_before=before,
+            bytes_after=after,
+            product=getattr(slot, "shared", ""),
+            bias=any(module._parameters.get("bias") is not None for module in modules),
         )
 
     def _shape(self, slot: Any, modules: list[Any], dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
@@ -408,8 +432,13 @@ class _Planner:
             return (), "kept"
         if isinstance(slot, Norm):
             return tuple(next((p.shape for p in modules[0].parameters()), ())), "shared"
+        if isinstance(slot, Conv):
+            weight, groups = modules[0].weight, modules[0].groups
+            return tuple(weight.shape), choose_conv_form(self.device, dtype, tuple(weight.shape), groups)
         weights = [m.weight.t() if slot.transposed else m.weight for m in modules]
         out_features, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
+        if getattr(slot, "shared", ""):
+            return (out_features, in_features), "aten"
         return (out_features, in_features), choose_form(self.device, dtype, out_features, in_features)
 
     def _tables(self) -> Iterator[TablePlan]:
@@ -443,6 +472,7 @@ class _Planner:
         self, path: str, module: nn.Module, replaced: set[str], ancestors: set[str], reason: Reason = _NO_POLICY
     ) -> Iterator[LeftPlan]:
         if path in replaced:
+            yield from self._left_inside(path)
             return
         reason = self.reasons.get(path, reason)
         # around a layer that is named itself, only what the module holds directly is left to name
@@ -452,6 +482,24 @@ class _Planner:
         if path in ancestors:
             for name, child in module.named_children():
                 yield from self._leave(f"{path}.{name}" if path else name, child, replaced, ancestors, reason)
+
+    def _left_inside(self, path: str) -> Iterator[LeftPlan]:
+        """What a policy claims and does not get, in what the layer at `path` keeps."""
+        for inner, reason in self.reasons.items():
+            if inner.startswith(f"{path}."):
+                module = submodule(self.model, inner, inner)
+                size = sum(p.nbytes for p in module.parameters())
+                yield LeftPlan(path=inner, original=class_name(module), bytes=size, reason=reason)
+
+    def _net(self, block: BlockPlan) -> BlockPlan:
+        """The block without the bytes of what is replaced inside of it."""
+        slots = []
+        for slot in block.slots:
+            inner = [b for b in self.blocks if slot.form == "kept" and b.path.startswith(f"{block.path}.{slot.place}.")]
+            before, after = (sum(getattr(b, name) for b in inner) for name in ("bytes_before", "bytes_after"))
+            sizes = {"bytes_before": slot.bytes_before - before, "bytes_after": slot.bytes_after - after}
+            slots.append(attrs.evolve(slot, **sizes))
+        return attrs.evolve(block, slots=tuple(slots))
 
     def _decode(self) -> tuple[CausalLM | None, str]:
         """The parts for dsi's own decode loop, if every layer of the language model is replaced."""
@@ -469,7 +517,7 @@ class _Planner:
     def _input_limit(self, decode: CausalLM | None) -> int | None:
         """The most positions one forward may take: as configured, else the shortest table of learned positions."""
         limits: list[int] = []
-        for (_, config_id), choice in self.choices.items():
+        for (_, config_id, _), choice in self.choices.items():
             if choice.policy is not None and choice.policy.context is not None:
                 context, config = choice.policy.context, self.configs[config_id]
                 skipped = getattr(config, context.after) + 1 if context.after else 0
@@ -504,12 +552,16 @@ def persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
                 yield buffer
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module, parents first, with its path and the config of the nearest enclosing module that has one."""
-    stack: list[tuple[str, nn.Module, Any]] = [("", model, getattr(model, "config", None))]
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any, str]]:
+    """Every module, parents first: its path, the config of the nearest enclosing module that has one, its holder.
+
+    The holder is the class of the module that holds it, past lists and dictionaries of modules; "" for the model.
+    """
+    stack: list[tuple[str, nn.Module, Any, str]] = [("", model, getattr(model, "config", None), "")]
     while stack:
-        path, module, config = stack.pop()
-        yield path, module, config
+        path, module, config, holder = stack.pop()
+        yield path, module, config, holder
+        holds = holder if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) else class_name(module)
         for name, child in reversed(list(module.named_children())):
             own = getattr(child, "config", None)
-            stack.append((f"{path}.{name}" if path else name, child, config if own is None else own))
+            stack.append((f"{path}.{name}" if path else name, child, config if own is None else own, holds))

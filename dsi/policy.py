@@ -5,8 +5,8 @@ nothing heavy. This module imports attrs and pluggy alone. Past 500 lines: an au
 
     Policy                 one architecture family
     |-- Block              one layer class: its container, slots, facts and call convention
-    |   |-- Slot           Linear, Concat, Packed, Norm, Keep: which weights of the layer feed which place of the
-    container
+    |   |-- Slot           Linear, Concat, Packed, Conv, Norm, Keep: which weights of the layer feed which place of the
+    |   |                  container
     |   |-- Fact           Config, Attr, Const, Inverse: where a number that the container needs is read
     |   `-- Call           how the parent calls the layer, and what the layer returns
     |-- CausalLM           the parts around the layers, so that decoding can run without the model's own forward
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import attrs
 import pluggy
 
-API_VERSION: tuple[int, int] = (1, 1)
+API_VERSION: tuple[int, int] = (1, 2)
 """(major, minor) of this vocabulary. A plugin loads iff its `DSI_API` has this major and no higher minor."""
 
 hookspec = pluggy.HookspecMarker("dsi")
@@ -51,6 +51,20 @@ class _ReadOnly(Mapping[str, Any]):
 
 def _read_only(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     return _ReadOnly(mapping)
+
+
+class _Absent:
+    """The type of `ABSENT`."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+    def __reduce__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+"""In `Block.neutral`: there is no such attribute."""
 
 
 # typed on their own: a type checker cannot read the element type through `converter=tuple`
@@ -132,16 +146,23 @@ class Linear(Slot):
         split: how tensor parallelism cuts it: "column" (output rows), "row" (input columns) or "none".
         transposed: the weight is stored [in, out] (Conv1D).
         cls: the class the submodule must be ("module:Class") where it is a linear layer of the architecture's own that
-            computes x @ W.T + b; "" for torch's Linear, or Conv1D where transposed.
+            computes x @ W.T + b; "" for torch's Linear, or Conv1D where transposed; "linear or 1x1" for torch's Linear
+            or a convolution of 1 x 1 in its place.
+        shared: a name for products over an input that many layers of one model get: layers with that name and width
+            are computed in one product by the first that sees the input, and the others read their rows of it. What
+            came of an input is kept while the same tensor, unchanged, comes back.
     """
 
     path: str
     split: Split
     transposed: bool
     cls: str
+    shared: str
 
-    def __init__(self, path: str, *, split: Split = "none", transposed: bool = False, cls: str = "") -> None:
-        self.__attrs_init__(path=path, split=split, transposed=transposed, cls=cls)
+    def __init__(
+        self, path: str, *, split: Split = "none", transposed: bool = False, cls: str = "", shared: str = ""
+    ) -> None:
+        self.__attrs_init__(path=path, split=split, transposed=transposed, cls=cls, shared=shared)
 
     def sources(self) -> tuple[str, ...]:
         return (self.path,)
@@ -156,17 +177,21 @@ class Concat(Slot):
         split: see `Linear`.
         transposed: the weights are stored [in, out].
         cls: see `Linear`.
+        shared: see `Linear`.
     """
 
     paths: tuple[str, ...]
     split: Split
     transposed: bool
     cls: str
+    shared: str
 
-    def __init__(self, *paths: str, split: Split = "none", transposed: bool = False, cls: str = "") -> None:
+    def __init__(
+        self, *paths: str, split: Split = "none", transposed: bool = False, cls: str = "", shared: str = ""
+    ) -> None:
         if len(paths) < 2:
             raise ValueError(f"Concat needs two paths or more, got {paths}; use Linear for one")
-        self.__attrs_init__(paths=paths, split=split, transposed=transposed, cls=cls)
+        self.__attrs_init__(paths=paths, split=split, transposed=transposed, cls=cls, shared=shared)
 
     def sources(self) -> tuple[str, ...]:
         return self.paths
@@ -209,20 +234,42 @@ class Packed(Slot):
 
 
 @attrs.frozen(init=False)
+class Conv(Slot):
+    """A convolution over maps [B, C, H, W]: torch's Conv2d, padded with zeros.
+
+    Its weight is held channels-last, or as the device multiplies it fastest; `state_dict` and `restore` give it back
+    as it was.
+
+    Args:
+        path: the submodule, e.g. "conv1"; "" where the layer itself is the convolution.
+    """
+
+    path: str
+
+    def __init__(self, path: str) -> None:
+        self.__attrs_init__(path=path)
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+@attrs.frozen(init=False)
 class Norm(Slot):
     """A normalization over the hidden dimension.
 
     Args:
-        path: the submodule, e.g. "input_layernorm".
-        kind: "layer" (mean and variance, weight and bias) or "rms" (mean square, weight).
+        path: the submodule, e.g. "input_layernorm"; "" where the layer itself is the norm.
+        kind: "layer" (mean and variance, weight and bias), "rms" (mean square, weight), or "group" (mean and variance
+            of groups of channels of a map, weight and bias; how many is read from the submodule).
         eps: the attribute of the submodule that holds epsilon.
-        cls: for "rms", the class the submodule must be ("module:Class"); "layer" needs `torch.nn.LayerNorm`.
+        cls: for "rms", the class the submodule must be ("module:Class"); "layer" needs `torch.nn.LayerNorm` and
+            "group" `torch.nn.GroupNorm`.
         offset: for "rms", added to the weight; where it is not 0 the product is taken in fp32, before the cast back
             (Gemma: 1.0).
     """
 
     path: str
-    kind: Literal["layer", "rms"]
+    kind: Literal["layer", "rms", "group"]
     eps: str
     cls: str
     offset: float
@@ -231,11 +278,13 @@ class Norm(Slot):
         self,
         path: str,
         *,
-        kind: Literal["layer", "rms"] = "layer",
+        kind: Literal["layer", "rms", "group"] = "layer",
         eps: str = "eps",
         cls: str = "torch.nn.modules.normalization:LayerNorm",
         offset: float = 0.0,
     ) -> None:
+        if kind == "group":
+            cls = "torch.nn.modules.normalization:GroupNorm"
         self.__attrs_init__(path=path, kind=kind, eps=eps, cls=cls, offset=offset)
 
     def sources(self) -> tuple[str, ...]:
@@ -245,6 +294,8 @@ class Norm(Slot):
 @attrs.frozen(init=False)
 class Keep(Slot):
     """A submodule that the container calls as it is: its weights stay where they are and as they are.
+
+    Layers inside it that a policy claims are replaced on their own.
 
     Args:
         path: the submodule, e.g. "mlp" of a mixture of experts. The place it fills must have the same name.
@@ -277,7 +328,8 @@ class RotaryTable:
 
 @attrs.frozen(kw_only=True)
 class Call:
-    """How the parent calls a layer. The first positional argument is always the hidden states, [B, S, H].
+    """How the parent calls a layer. The first positional argument is always the hidden states, [B, S, H], or the map,
+    [B, C, H, W].
 
     Args:
         mask: name of the attention mask argument; "" where there is none.
@@ -286,8 +338,10 @@ class Call:
             embedding.
         bias: name of an argument of biases, [B * heads, 1, keys], which are added to the scaled scores; "" where there
             is none.
+        inputs: what else the container takes -> name of its argument, for containers of maps.
         free: arguments that change nothing the container computes; any value is fine.
-        returns: "tensor", or "tuple" for (hidden states, attention weights or None).
+        returns: "tensor"; "tuple" for (hidden states, attention weights or None); "single" for (map,), under
+            `return_dict=False`.
         attention: attention implementations under which the layer computes what the container does.
     """
 
@@ -295,10 +349,11 @@ class Call:
     cache: str = "past_key_values"
     rope: str | RotaryTable = ""
     bias: str = ""
+    inputs: Mapping[str, str] = attrs.field(converter=_read_only, factory=dict)
     free: frozenset[str] = attrs.field(
         default=frozenset({"position_ids", "use_cache", "output_router_logits"}), converter=_names
     )
-    returns: Literal["tensor", "tuple"] = "tensor"
+    returns: Literal["tensor", "tuple", "single"] = "tensor"
     attention: frozenset[str] = attrs.field(default=frozenset({"sdpa", "eager"}), converter=_names)
 
 
@@ -309,10 +364,15 @@ class Block:
     Args:
         layer: the class that is replaced, "module:Class"; matched exactly, wherever it stands in the model.
         container: "module:Class", or the name of a registered container.
-        slots: container place -> weights.
+        slots: container place -> weights. A place that the container can do without is empty where an attribute on the
+            way to its submodule is None.
         facts: container fact -> where it is read.
         call: the layer's call convention.
         ignore: submodule paths whose parameters are left out on purpose.
+        inside: only layers that an instance of one of these classes ("module:Class") holds, directly or in lists and
+            dictionaries of modules; () for wherever they stand. For classes that belong to no architecture.
+        neutral: dotted attribute of the layer -> the one value, or `ABSENT`, under which it computes what the container
+            does. Any other value leaves the layer stock, and a later change of it runs the stock computation.
     """
 
     layer: str
@@ -321,6 +381,8 @@ class Block:
     facts: Mapping[str, Fact] = attrs.field(converter=_read_only, factory=dict)
     call: Call = Call()
     ignore: tuple[str, ...] = attrs.field(converter=_tuple, default=())
+    inside: tuple[str, ...] = attrs.field(converter=_tuple, default=())
+    neutral: Mapping[str, Any] = attrs.field(converter=_read_only, factory=dict)
 
 
 @attrs.frozen(kw_only=True)

@@ -77,17 +77,27 @@ class Registry:
         ]
         return _build(loading.load_all(sources, {}), strict=strict)
 
-    def blocks_for(self, layer_class: str) -> list[tuple[str, Policy, Block]]:
-        """(full name, policy, block) of every policy that claims "module:Class", by full name."""
+    def blocks_for(self, layer_class: str, holder: str | None = None) -> list[tuple[str, Policy, Block]]:
+        """(full name, policy, block) of every policy that claims "module:Class", by full name.
+
+        Args:
+            layer_class: "module:Class".
+            holder: class of the module that holds the layer; None for any.
+        """
         return [
             (full_name, policy, block)
             for full_name, policy in sorted(self.policies.items())
             for block in policy.blocks
-            if block.layer == layer_class
+            if stands(block, layer_class, holder)
         ]
 
     def choose(
-        self, layer_class: str, model_config: Any, explicit: Policy | str | None = None, guard: Guard | None = None
+        self,
+        layer_class: str,
+        model_config: Any,
+        explicit: Policy | str | None = None,
+        guard: Guard | None = None,
+        holder: str | None = None,
     ) -> Choice:
         """The policy for a layer class, and why not the others.
 
@@ -97,6 +107,7 @@ class Registry:
             explicit: a policy, or the full name of one, to use and no other. Its requirements and its refusals hold
                 all the same; where it has no block for the class, nothing is chosen.
             guard: asked after each `supports`; see `dsi.choice.Guard`.
+            holder: class of the module that holds the layer; None for any.
 
         Raises:
             UnknownPolicyError: `explicit` is no registered name.
@@ -105,13 +116,13 @@ class Registry:
         given, name = self.resolve(explicit)
         candidates = [
             Candidate(full_name=full_name, policy=policy, block=block, built_in=self._is_built_in(full_name))
-            for full_name, policy, block in self.blocks_for(layer_class)
+            for full_name, policy, block in self.blocks_for(layer_class, holder)
         ]
         if given is not None and name not in self.policies:
             candidates += [
                 Candidate(full_name=name, policy=given, block=block, built_in=False)
                 for block in given.blocks
-                if block.layer == layer_class
+                if stands(block, layer_class, holder)
             ]
         choice = choosing.choose(layer_class, candidates, model_config, explicit=name, guard=guard)
         self._log_replaced(choice)
@@ -163,6 +174,11 @@ class Registry:
             if one.stage == "replaces" and self._is_built_in(one.full_name) and pair not in self._replaced:
                 self._replaced.add(pair)
                 logger.warning("the built-in policy %s is %s", one.full_name, one.reason)
+
+
+def stands(block: Block, layer_class: str, holder: str | None) -> bool:
+    """Whether a block is for layers of this class where a module of class `holder` holds them; None for any."""
+    return block.layer == layer_class and (holder is None or not block.inside or holder in block.inside)
 
 
 def _at_hand(plugin: object) -> Callable[[], object]:

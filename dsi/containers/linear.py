@@ -57,12 +57,14 @@ class Source:
         rows: how many output rows it contributes.
         transposed: it stores its weight [in, out].
         bias: it has a bias; among sources that are fused, one without counts as zeros.
+        tail: sizes of its weight behind [rows, K], e.g. (1, 1) of a convolution of one pixel.
     """
 
     path: str
     rows: int
     transposed: bool
     bias: bool
+    tail: tuple[int, ...] = ()
 
 
 def _pointwise(
@@ -263,7 +265,8 @@ class FusedLinear(nn.Module):
         start = 0
         for source in self.sources:
             rows = weight[start : start + source.rows]
-            result[f"{source.path}.weight"] = rows.t() if source.transposed else rows
+            rows = rows.t() if source.transposed else rows
+            result[f"{source.path}.weight"] = rows.view(*rows.shape, *source.tail) if source.tail else rows
             if source.bias and bias is not None:
                 result[f"{source.path}.bias"] = bias[start : start + source.rows]
             start += source.rows
@@ -320,6 +323,7 @@ def stack(
         (weight [N, K] contiguous, bias [N] or None), new memory.
     """
     weights = [parts[f"{s.path}.weight"].t() if s.transposed else parts[f"{s.path}.weight"] for s in sources]
+    weights = [weight.flatten(1) for weight in weights]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0].clone(memory_format=torch.contiguous_format)
     bias = None
     if any(source.bias for source in sources):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
+from dsi.containers.conv import FusedConv
 from dsi.containers.linear import FusedLinear, has_bf16
 
 if TYPE_CHECKING:
@@ -92,20 +93,27 @@ class NormOp(nn.Module):
     """A normalization that shares its parameters with the stock module it stands for.
 
     Args:
-        kind: "layer" or "rms".
+        kind: "layer", "rms" or "group".
         weight, bias: the stock module's own parameters, or None.
         eps: added to the variance or mean square.
         offset: added to the weight; see `dsi.policy.Norm`.
+        groups: of "group", that the channels divide into.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, kind: str, weight: nn.Parameter | None, bias: nn.Parameter | None, eps: float, offset: float = 0.0
+        self,
+        kind: str,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        eps: float,
+        offset: float = 0.0,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        self.kind, self.eps, self.offset = kind, eps, offset
+        self.kind, self.eps, self.offset, self.groups = kind, eps, offset, groups
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
@@ -231,6 +239,47 @@ class AtenOps:
         """activation(linear(norm(x))), or with a gate as in `gate`; x [B, K]."""
         normed = self.norm(norm, x)
         return self.gate(linear, normed, kind) if gated else self.activate(linear, normed, kind)
+
+    # --- maps [B, C, H, W], channels-last ---------------------------------------------------------------------
+
+    def group_norm(self, norm: NormOp, x: Tensor, *, silu: bool = False) -> Tensor:
+        """The norm over groups of channels, through SiLU where asked for."""
+        y = F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(y, inplace=True) if silu else y
+
+    def conv(self, conv: FusedConv, x: Tensor) -> Tensor:
+        """conv(x)."""
+        return conv.forward(x)
+
+    def conv_norm(self, conv: FusedConv, x: Tensor, norm: NormOp, addend: Tensor | None, *, silu: bool) -> Tensor:
+        """silu(norm(conv(x) + addend)), the addend [B, channels of conv(x)] the same for every pixel."""
+        y = conv.forward(x)
+        if addend is not None:
+            y.add_(addend[:, :, None, None])
+        return self.group_norm(norm, y, silu=silu)
+
+    def conv_add(self, conv: FusedConv, x: Tensor, residual: Tensor, divisor: float = 1.0) -> Tensor:
+        """(conv(x) + residual) / divisor."""
+        total = conv.add(x, residual)
+        return total if divisor == 1.0 else total.div_(divisor)
+
+    def upsample_conv(self, conv: FusedConv, x: Tensor, size: Any = None) -> Tensor:
+        """conv of x with every pixel repeated to twice its sides, or to a size given, (height, width)."""
+        sizes = {"scale_factor": 2.0} if size is None else {"size": size}
+        return self.conv(conv, F.interpolate(x, mode="nearest", **sizes))
+
+    def downsample_conv(self, conv: FusedConv, x: Tensor, *, pads: bool) -> Tensor:
+        """conv of x, with a row and a column of zeros at its ends where asked for."""
+        if pads:
+            x = F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
+        return self.conv(conv, x)
+
+    def geglu(self, linear: Any, x: Tensor) -> Tensor:
+        """value * gelu(gate), with value | gate = linear(x)."""
+        value, gate = linear.forward(x).chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    # --- linear layers ----------------------------------------------------------------------------------------
 
     def project(self, linear: Any, x: Tensor) -> Tensor:
         """linear(x)."""

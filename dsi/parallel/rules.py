@@ -22,6 +22,7 @@ from typing import Any
 import attrs
 
 from dsi.containers.base import Container
+from dsi.containers.stand_in import StandIn
 from dsi.errors import PolicyError, SplitError
 from dsi.policy import Block, Concat, Linear, Packed
 
@@ -89,7 +90,7 @@ def _layer_shard(
 
 
 def shard_layer(
-    block: Block, container: type[Container], facts: Mapping[str, Any], shapes: Shapes, size: int, where: str
+    block: Block, container: type[StandIn], facts: Mapping[str, Any], shapes: Shapes, size: int, where: str
 ) -> tuple[LayerShard, ...]:
     """The shards of one layer, by rank.
 
@@ -107,6 +108,8 @@ def shard_layer(
     """
     if size < 1:
         raise SplitError(f"{where}: tp_size={size}; one rank is the least")
+    if not issubclass(container, Container):
+        raise SplitError(f"{where}: {container.__name__} does not split over ranks; use one")
     return _Cutter(block, container, facts, shapes, size, where).shards()
 
 

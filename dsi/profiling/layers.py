@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import nn
 
-from dsi.containers import Container
+from dsi.containers import StandIn
 from dsi.profiling.clock import Interval, start_interval
 from dsi.report import size
 
@@ -118,7 +118,7 @@ def _measured(model: nn.Module, path: str = "", seen: set[nn.Module] | None = No
     if model in seen:
         return
     seen.add(model)
-    if isinstance(model, Container) or (path and next(model.parameters(recurse=False), None) is not None):
+    if isinstance(model, StandIn) or (path and next(model.parameters(recurse=False), None) is not None):
         yield path, model
         return
     for name, child in model.named_children():

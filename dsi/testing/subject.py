@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dsi.api import init_inference
-from dsi.containers.base import Container
+from dsi.containers.stand_in import StandIn
 from dsi.engine import InferenceEngine
 from dsi.errors import ConfigError, DsiError
 from dsi.fit import class_name, submodule
@@ -80,7 +80,7 @@ class Twins:
     engine: InferenceEngine
 
     @property
-    def containers(self) -> list[Container]:
+    def containers(self) -> list[StandIn]:
         """The containers of the optimized model, in order."""
         return containers(self.model)
 
@@ -90,9 +90,9 @@ class Twins:
         return sum(one.fused_calls for one in found), sum(one.stock_calls for one in found)
 
 
-def containers(model: nn.Module) -> list[Container]:
+def containers(model: nn.Module) -> list[StandIn]:
     """The containers in a model, in order."""
-    return [module for module in model.modules() if isinstance(module, Container)]
+    return [module for module in model.modules() if isinstance(module, StandIn)]
 
 
 class Subject:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsi.containers import DecoderLayer
-from dsi.containers.base import _HOOK_TABLES
+from dsi.containers.stand_in import _HOOK_TABLES
 from dsi.containers.ops import Rope, rotate
 
 # --- residuals and slots ----------------------------------------------------------------------------------------------
