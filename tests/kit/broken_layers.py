@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dsi.containers import DecoderLayer
-from dsi.containers.stand_in import _HOOK_TABLES
 from dsi.containers.ops import Rope, rotate
+from dsi.containers.stand_in import _HOOK_TABLES
 
 # --- residuals and slots ----------------------------------------------------------------------------------------------
 
