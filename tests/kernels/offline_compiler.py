@@ -61,7 +61,6 @@ def compile_only(report):
             shared=kernel.metadata.shared,
             warps=kernel.metadata.num_warps,
             async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
-            asked_before_wait=len(re.findall(r"cp\.async\.c[ag]", before_wait(ptx))),
             accelerated=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma", ptx)),
             tf32="tf32" in ptx,
@@ -99,7 +98,7 @@ def steps(case, half):
     cache, table = torch.zeros(1, 2, 8192, 128, dtype=half), torch.zeros(1, 64, 128, dtype=half)
     rope = StepRope(table, table, False, torch.zeros(1, 1, dtype=torch.int64))
     # more splits than are added up at a time
-    config = {"tile_bytes": 8192, "num_warps": 4, "stages": 3, "min_split": 128, "programs_per_sm": 16, "parts": 1}
+    config = {"tile_bytes": 8192, "num_warps": 4, "stages": 3, "min_split": 128, "programs_per_sm": 16, "ahead": 3}
     given = {"rope": rope, "tickets": torch.zeros(2, dtype=torch.int32), "config": config}
     for heads in (2, 8):
         case(f"a step, {heads} heads")
