@@ -27,6 +27,7 @@ from dsi_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from dsi_kernels.sample_token import sample_token, sample_token_reference, sampling_settings
 from dsi_kernels.skinny import skinny, skinny_reference
 from dsi_kernels.step_attention import step_attention, step_attention_reference
+from dsi_kernels.summed_map import summed_map, summed_map_reference
 from dsi_kernels.varlen_attention import varlen_attention, varlen_attention_reference
 from dsi_kernels.wide_attention import wide_attention, wide_attention_reference
 
@@ -79,6 +80,8 @@ __all__ = [
     "skinny_reference",
     "step_attention",
     "step_attention_reference",
+    "summed_map",
+    "summed_map_reference",
     "varlen_attention",
     "varlen_attention_reference",
     "wide_attention",

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import dsi_kernels
-from dsi_kernels import group_norm, group_norm_reference
+from dsi_kernels import group_norm, group_norm_reference, summed_map, summed_map_reference
 from tests.kernels.tolerance import DTYPES, HALVES, ULP, assert_close, share_equal
 
 DEFAULT = json.loads((Path(dsi_kernels.__file__).parent / "tuned/group_norm/default.json").read_text())["*"]
@@ -173,6 +173,36 @@ def test_the_same_bits_again(device):
     for config in WAYS.values():
         first, second = (group_norm(x, None, None, 8, silu=True, config=config)[0] for _ in range(2))
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("way", ["two", "three", "narrow"])
+@pytest.mark.parametrize("sizes", MAPS[:3], ids=str)
+def test_moments_of_whoever_made_the_map_are_as_good(sizes, way, device):
+    *sizes, groups = sizes
+    x = image(*sizes, dtype=torch.float16, device=device)
+    w, b, terms = operands(sizes, torch.float16, device)
+    total, moments = summed_map(x, groups, **terms, config=WAYS[way])
+    assert torch.equal(total, summed_map_reference(x, groups, **terms))
+    y, none = group_norm(total, w, b, groups, 1e-5, silu=True, moments=moments, config=WAYS[way])
+    assert none is None
+    assert torch.equal(y, group_norm(total, w, b, groups, 1e-5, silu=True, config=WAYS[way])[0])
+    # they are what is used
+    spoiled = moments._replace(parts=moments.parts + 1)
+    assert not torch.equal(group_norm(total, w, b, groups, 1e-5, silu=True, moments=spoiled, config=WAYS[way])[0], y)
+
+
+def test_moments_of_another_map_are_refused(device):
+    x = image(2, 32, 4, 4, device=device)
+    same, moments = summed_map(x, 4)
+    assert same is x
+    with pytest.raises(ValueError, match="of 4 groups are those of another map, or norm"):
+        group_norm(x, None, None, 8, moments=moments)
+    with pytest.raises(ValueError, match="are those of another map"):
+        group_norm(x[:1], None, None, 4, moments=moments)
+    with pytest.raises(ValueError, match="moments are those of x"):
+        group_norm(x, None, None, 4, residual=x, moments=moments)
+    with pytest.raises(ValueError, match=r"summed_map: x .* its C in 5 groups"):
+        summed_map(x, 5)
 
 
 ONES = torch.ones(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
