@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py --table decode [--out FILE.json] [--quick] [--only NAME ...] [--budget SECONDS]
 
-Tables: ready, encoders, families, decode, prefill, sampling and context, ten minutes together; several are written into
-the folder `--out`, a file each, in which the cases that are not run stay what they were. Cases run in the order of
-`--only`, else model by model, so that each model is made once. Models have real sizes and random weights; every
-contender is timed in turns with the others, and the medians are compared. The floor of a token is the time in which its
-weights and cached positions are read at the bandwidth of a large copy, measured in the same run. A case is refused
-where our error against a float32 reference is above 1.2 times stock's own. The JSON is written after each case: a run
-that is cut short, by `--budget` or by SIGTERM, keeps what it had and names what it had no time for.
+Tables: ready, encoders, families, decode, prefill, sampling and context, ten minutes together, and diffusion, which
+wants diffusers and takes four minutes with its rivals, one without. Several are written into the folder `--out`, a file
+each, in which the cases that are not run stay what they were. Cases run in the order of `--only`, else model by model,
+so that each model is made once. Models have real sizes and random weights; every contender is timed in turns with the
+others, and the medians are compared. The floor of a token is the time in which its weights and cached positions are
+read at the bandwidth of a large copy, measured in the same run. A case is refused where our error against a float32
+reference is above 1.2 times stock's own. The JSON is written after each case: a run that is cut short, by `--budget` or
+by SIGTERM, keeps what it had and names what it had no time for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ Cases = dict[str, Callable[[], Result]]
 
 RIVALS = "beside torch.compile, which takes up to a minute a case: where a bar names it, wherever it can be, or nowhere"
 
+
+def diffusion_cases(stage: Stage, **options: object) -> Cases:
+    """As `gpu_diffusion.diffusion_cases`; the other tables need no diffusers."""
+    from gpu_diffusion import diffusion_cases as cases
+
+    return cases(stage, **options)
+
+
 # in the order in which models are shared best
 TABLES: Mapping[str, Callable[..., Cases]] = MappingProxyType(
     {
@@ -47,6 +56,7 @@ TABLES: Mapping[str, Callable[..., Cases]] = MappingProxyType(
         "prefill": prefill_cases,
         "sampling": sampling_cases,
         "context": context_cases,
+        "diffusion": diffusion_cases,
     }
 )
 
