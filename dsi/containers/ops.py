@@ -258,9 +258,15 @@ class AtenOps:
             y.add_(addend[:, :, None, None])
         return self.group_norm(norm, y, silu=silu)
 
-    def conv_add(self, conv: FusedConv, x: Tensor, residual: Tensor, divisor: float = 1.0) -> Tensor:
-        """(conv(x) + residual) / divisor."""
-        total = conv.add(x, residual)
+    def conv_add(
+        self, conv: FusedConv, x: Tensor, residual: Tensor, divisor: float = 1.0, *,
+        shortcut: FusedConv | None = None, groups: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """(conv(x) + residual) / divisor, or shortcut(residual) in the residual's place.
+
+        groups: what the norm of the sum will divide its channels into, as far as anybody knows; 0 for nobody.
+        """
+        total = conv.add(x, residual if shortcut is None else self.conv(shortcut, residual))
         return total if divisor == 1.0 else total.div_(divisor)
 
     def upsample_conv(self, conv: FusedConv, x: Tensor, size: Any = None) -> Tensor:

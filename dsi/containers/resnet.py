@@ -97,17 +97,17 @@ class ResnetBlock(MapContainer):
         return (call.hidden.shape[0], self.conv_out.shape[0], height, width)
 
     def run(self, call: MapCall) -> Tensor:
-        own, ops, x = self._modules, self.ops, call.hidden
+        own: dict[str, Any] = self._modules
+        ops, x = self.ops, call.hidden
         hidden = ops.group_norm(self.norm_in, x, silu=True)
         if self.resample:
             change = getattr(self.original, self.resample)
             hidden, x = change(hidden), change(x)
         addend = self._time(call)
         hidden = ops.conv_norm(self.conv_in, hidden, self.norm_out, addend, silu=True)
-        shortcut: Any = own.get("shortcut")
-        if shortcut is not None:
-            x = ops.conv(shortcut, x)
-        return ops.conv_add(self.conv_out, hidden, x, self.divisor)
+        # the norm that comes after the layer divides as the layer's own do
+        groups = self.norm_out.groups
+        return ops.conv_add(self.conv_out, hidden, x, self.divisor, shortcut=own.get("shortcut"), groups=groups)
 
     def _time(self, call: MapCall) -> Tensor | None:
         if not self.projects:
