@@ -54,16 +54,16 @@ def vae() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.randn(1, 3, 12, 8),)
 
 
-def count_launches(launches: Counter[str]) -> None:
-    """Have every kernel count its calls, and those group norms that were left their moments."""
-    for name in OPS:
+def counted(name: str, launches: Counter[str]) -> Any:
+    """The kernel, counting its calls, and those of a group norm that was left its moments."""
+    op = getattr(dsi_kernels, name)
 
-        def counted(*args: Any, _op: Any = getattr(dsi_kernels, name), _name: str = name, **kwargs: Any) -> Any:
-            launches[_name] += 1
-            launches["moments"] += kwargs.get("moments") is not None
-            return _op(*args, **kwargs)
+    def count(*args: Any, **kwargs: Any) -> Any:
+        launches[name] += 1
+        launches["moments"] += kwargs.get("moments") is not None
+        return op(*args, **kwargs)
 
-        setattr(dsi_kernels, name, counted)
+    return count
 
 
 def probe(model: nn.Module, inputs: tuple[Tensor, ...], launches: Counter[str]) -> dict[str, Any]:
@@ -85,5 +85,6 @@ if __name__ == "__main__":
     for module in (dsi.containers.stand_in, dsi.planner):
         module.choose_ops = lambda _device, _use_triton: "triton"  # type: ignore[attr-defined]
     counter: Counter[str] = Counter()
-    count_launches(counter)
+    for op in OPS:
+        setattr(dsi_kernels, op, counted(op, counter))
     sys.stdout.write(json.dumps({make.__name__: probe(*make(), counter) for make in (unet, vae)}))
