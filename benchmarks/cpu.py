@@ -22,6 +22,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from cpu_diffusion import SIZES as DENOISERS
+from cpu_diffusion import diffusion_cases
 from measure import (
     Result,
     Sample,
@@ -236,7 +238,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.add_argument("--quick", action="store_true", help="few rounds, short texts: a smoke test, not a measurement")
-    parser.add_argument("--only", choices=sorted({name.split()[0] for name in BARS}), help="one model only")
+    parser.add_argument("--only", choices=sorted({*DENOISERS, *(name.split()[0] for name in BARS)}), help="a model")
     return parser.parse_args()
 
 
@@ -253,6 +255,7 @@ def main() -> int:
         "pyllama-7m fp32": partial(pyllama, **options),
         "gpt2-124m fp32": partial(gpt2, "fp32", **options),
         "gpt2-124m bf16": partial(gpt2, "bf16", **options),
+        **diffusion_cases(DTYPES, **options),
     }
     chosen = {name: case for name, case in cases.items() if given.only in (None, name.split()[0])}
     return run(chosen, ceilings=peak, out=given.out)
