@@ -62,7 +62,8 @@ class SharedProduct:
         self.weight: Tensor | None = like.new_empty(rows, columns)
         self.bias: Tensor | None = like.new_zeros(rows) if bias else None
         self.filled = 0
-        self.products = 0
+        # products computed so far, and changes of weights seen
+        self.products = self._changes = 0
         self._start()
 
     def _start(self) -> None:
@@ -88,7 +89,23 @@ class SharedProduct:
     def scatter(self) -> None:
         """Some layer's rows were moved away from the matrix; it is made again when it is next needed."""
         self.weight = self.bias = None
+        self.outdate()
+
+    def outdate(self) -> None:
+        """Some layer's weights are others now."""
+        self._changes += 1
         self.forget()
+
+    @property
+    def stamp(self) -> int:
+        """A number that is another one once weights have changed: pinned products are refreshed then."""
+        return self._changes + sum(layer.weight._version for layer in self.layers())
+
+    def latest(self) -> tuple[Tensor, str] | None:
+        """The input of what is kept, and the activation that it went through; None where nothing is."""
+        kept = self._kept
+        x = None if kept is None else kept.x()
+        return None if kept is None or x is None else (x, kept.kind)
 
     def forget(self) -> None:
         """Drop what is kept."""
@@ -247,7 +264,7 @@ class SharedLinear(FusedLinear):
         if self.bias is not None and bias is not None:
             bias.copy_(self.bias.data)
             self.bias.data = bias
-        self.product.forget()
+        self.product.outdate()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedLinear:
         nn.Module._apply(self, fn, recurse)
