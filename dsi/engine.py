@@ -19,6 +19,7 @@ from dsi.planner import Plan
 from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
 from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
 from dsi.runtime.forward import CHECKED, Forward, drop_forwards, moved, vocab_size
+from dsi.runtime.session import ATTRIBUTE
 
 
 def attach_session(model: nn.Module, injection: Injection, config: InferenceConfig) -> Session:
@@ -32,22 +33,35 @@ def attach_session(model: nn.Module, injection: Injection, config: InferenceConf
     Returns:
         The session that now hangs on the model as `_dsi`.
     """
-    parts = injection.plan.decode
+    decode = injection.plan.decode
     session = Session(
         config=config,
-        runner=DecodeRunner.build(model, parts) if parts is not None else None,
+        runner=DecodeRunner.build(model, decode) if decode is not None else None,
         reason=injection.plan.decode_text,
         context=config.max_out_tokens or _context(model, injection.plan),
     )
     injection.journal.do(set_attribute(model, "_dsi", session))
-    if injection.plan.blocks and injection.group is None and "forward" not in model.__dict__:
-        session.on_cuda = _on_cuda(model)
-        injection.journal.do(set_attribute(model, "forward", Forward(model)))
-        injection.journal.do(set_attribute(model, "_apply", partial(moved, model)))
+    if injection.plan.blocks and injection.group is None:
+        parts = {path: model.get_submodule(path) for path in injection.plan.entries or ("",)}
+        for path, part in parts.items():
+            if path:
+                own = Session(config=config, reason=session.reason)
+                injection.journal.do(set_attribute(part, "_dsi", own))
+                session.parts[path] = own
+            _attach_forward(part, injection)
     if callable(getattr(model, "generate", None)) and injection.plan.blocks:
         for name, function in INSTANCE_OVERRIDES.items():
             injection.journal.do(set_attribute(model, name, partial(function, model)))
     return session
+
+
+def _attach_forward(model: nn.Module, injection: Injection) -> None:
+    """Give a model, or the part of one that is run, a forward of dsi's; its session is there."""
+    if "forward" in model.__dict__:
+        return
+    model.__dict__[ATTRIBUTE].on_cuda = _on_cuda(model)
+    injection.journal.do(set_attribute(model, "forward", Forward(model)))
+    injection.journal.do(set_attribute(model, "_apply", partial(moved, model)))
 
 
 def _context(model: nn.Module, plan: Plan) -> int | None:
@@ -173,7 +187,8 @@ class InferenceEngine:
             self._injection.undo()
             # they hold the fused weights' addresses, and memory of their own
             self._session.graphs = None
-            drop_forwards(self._session)
+            for session in (self._session, *self._session.parts.values()):
+                drop_forwards(session)
         return self.module
 
     def __enter__(self) -> InferenceEngine:

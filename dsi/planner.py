@@ -133,6 +133,7 @@ class Plan:
         cast: the dtype that every floating parameter gets, or None where each keeps its own.
         blocks: layers that are replaced, in module order.
         tables: weights shared by an embedding and a head that are held packed.
+        entries: paths of the parts through which the model is run; empty where that is its own forward.
         left: everything else that has parameters.
         decode: the language model's parts for dsi's decode loop, or None.
         input_limit: the most positions one forward takes, or None where any length runs.
@@ -156,6 +157,7 @@ class Plan:
     restorable: bool
     notes: tuple[str, ...]
     tables: tuple[TablePlan, ...] = ()
+    entries: tuple[str, ...] = ()
 
     @property
     def why_nothing(self) -> str:
@@ -311,6 +313,7 @@ class _Planner:
             blocks=tuple(self.blocks),
             tables=(tables := tuple(self._tables())),
             left=tuple(self._left(tables)),
+            entries=self._entries(),
             decode=decode,
             decode_text=text,
             input_limit=self._input_limit(decode),
@@ -513,6 +516,16 @@ class _Planner:
                 return parts, _FAST
             return None, "transformers' loop: not every layer is replaced"
         return None, "transformers' loop: no policy describes the parts around the layers of this class"
+
+    def _entries(self) -> tuple[str, ...]:
+        """The parts that are run in the place of the model's forward, by the word of a policy that is used here."""
+        name = class_name(self.model)
+        policies = {choice.full_name: choice.policy for choice in self.choices.values() if choice.policy is not None}
+        for entries in (one for policy in policies.values() for one in policy.entries if one.model == name):
+            for path in entries.parts:
+                submodule(self.model, path, name)
+            return entries.parts
+        return ()
 
     def _input_limit(self, decode: CausalLM | None) -> int | None:
         """The most positions one forward may take: as configured, else the shortest table of learned positions."""

@@ -481,6 +481,22 @@ def _accepts_all(config: Any) -> Refusal | None:
 
 
 @attrs.frozen(kw_only=True)
+class Entries:
+    """The parts of a model that its callers really run, where that is not the model's own forward.
+
+    Each of them gets CUDA graphs of its own, and the model around them none: it may be called by other methods, or read
+    back from the device.
+
+    Args:
+        model: the class this holds for, "module:Class"; matched exactly.
+        parts: submodule paths.
+    """
+
+    model: str
+    parts: tuple[str, ...] = attrs.field(converter=_tuple)
+
+
+@attrs.frozen(kw_only=True)
 class Policy:
     """Everything dsi knows of one architecture family.
 
@@ -490,6 +506,7 @@ class Policy:
         requires: PEP 508 requirements that must be met, e.g. "transformers>=5.6".
         supports: (config) -> Refusal where this config's variant is not implemented, else None.
         models: language models that decode with these layers.
+        entries: models with these layers that are run part by part.
         context: the longest input, where positions are learned; None where any length runs.
         priority: among several applicable policies for one layer class the highest wins.
         replaces: full names of policies that this one may outrank, e.g. ("acme:decoder",).
@@ -500,6 +517,7 @@ class Policy:
     requires: tuple[str, ...] = attrs.field(converter=_tuple, default=())
     supports: Callable[[Any], Refusal | None] = attrs.field(default=_accepts_all)
     models: tuple[CausalLM, ...] = attrs.field(converter=_tuple, default=())
+    entries: tuple[Entries, ...] = attrs.field(converter=_tuple, default=())
     context: Context | None = None
     priority: int = 0
     replaces: tuple[str, ...] = attrs.field(converter=_tuple, default=())

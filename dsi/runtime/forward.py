@@ -20,8 +20,8 @@ from dsi.runtime.forward_pool import BadIds, ForwardPool, Later, NoGraph, refuse
 from dsi.runtime.limits import check_ids
 from dsi.runtime.model_parts import ModelParts
 from dsi.runtime.session import ATTRIBUTE, Session
-from dsi.runtime.trees import NoTree, named, signature
-from dsi.runtime.unpadded import MASK, Unpadded, worth_packing
+from dsi.runtime.trees import NoTree, named, signature, tensors
+from dsi.runtime.unpadded import MASK, Unpadded, packs, worth_packing
 
 # rows of the token embedding where the caller wants the ids checked
 CHECKED: ContextVar[int | None] = ContextVar("dsi_checked", default=None)
@@ -147,7 +147,7 @@ class Forward:
     def _unpadded(self, session: Session, given: dict[str, Any], key: Any) -> Any:
         """Without its padding, where the mask has some and that is known to be equal."""
         visible = _tokens(given)
-        if not visible:
+        if not visible or not packs(self.model):
             return self._without(session, (), given, "", given)
         unpadded, names = _known(self.model, session), key[-1]
         names = tuple((name, one if isinstance(one[0], type) else one[1]) for name, one in names)
@@ -243,8 +243,10 @@ def _elsewhere(given: Mapping[str, Any], device: torch.device) -> str | None:
     if device.index is not None and device.index != torch.cuda.current_device():
         return f"the model is on {device}, which is not the current device"
     for name, value in given.items():
-        if isinstance(value, Tensor) and value.device != device:
-            return f"argument {name} is on {value.device}"
+        for one in (value,) if isinstance(value, Tensor) else tensors(value):
+            # a single number goes along
+            if one.device != device and not (one.dim() == 0 and one.device.type == "cpu"):
+                return f"argument {name} is on {one.device}"
     return None
 
 

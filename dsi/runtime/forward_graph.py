@@ -9,7 +9,8 @@ it reads the word wherever it can guess what the word will say.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsi.containers.launches import graph_kernels
+from dsi.containers.shared_products import SharedProduct
 from dsi.runtime.capture import captured, nothing_waits
 from dsi.runtime.trees import rebuilt, tensors
 
@@ -111,8 +113,53 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[An
     return graph, result
 
 
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+def _dense(x: Tensor, device: torch.device) -> Tensor:
+    """Memory for values of this kind on a device, with those of x; maps keep their channels side by side."""
+    maps = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if maps else torch.contiguous_format
+    return torch.empty_like(x, device=device, memory_format=form).copy_(x)
+
+
+class _Held:
+    """An argument of which products are computed outside of the graphs, once for as long as it comes back.
+
+    Args:
+        static: the memory that graphs know it by.
+        products: what is computed of it, each with the activation that it goes through first.
+    """
+
+    def __init__(self, static: Tensor, products: list[tuple[SharedProduct, str]]) -> None:
+        self.static, self.products = static, products
+        # the argument that was filled in last, and what it and the weights were then
+        self._source: Any = None
+        self._known: Any = None
+
+    def pin(self) -> None:
+        """Compute the products, into memory of their own."""
+        for product, kind in self.products:
+            product.pin(self.static, kind)
+
+    def unpin(self) -> None:
+        """Give that memory back."""
+        for product, _ in self.products:
+            product.unpin(self.static)
+
+    def fill(self, x: Tensor) -> None:
+        """Copy the argument in, and compute its products anew, unless it is what it was."""
+        stamps = [product.stamp for product, _ in self.products]
+        at = None if x.is_inference() else (x._version, x.data_ptr())
+        if at is not None and self._source is not None and self._source() is x and (at, stamps) == self._known:
+            return
+        self._source, self._known = weakref.ref(x), (at, stamps)
+        with torch.inference_mode(False), torch.no_grad():
+            self.static.copy_(x)
+            for product, _ in self.products:
+                product.refresh(self.static)
+
+
+def _home(x: Tensor, device: torch.device) -> torch.device:
+    """Where a graph has an argument: a single number on the model's device, wherever it comes from."""
+    return device if x.dim() == 0 else x.device
 
 
 class Inputs:
@@ -123,18 +170,22 @@ class Inputs:
         vocab: rows of the token embedding; None leaves the ids unchecked.
         device: of the model.
         pool: of the allocator.
+        masks: a mask of positions is looked at.
     """
 
-    def __init__(self, given: Mapping[str, Any], vocab: int | None, device: torch.device, pool: Any) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], vocab: int | None, device: torch.device, pool: Any, *, masks: bool = True
+    ) -> None:
         self.device, self.vocab = device, vocab
+        self._held: dict[int, _Held] = {}
         with torch.inference_mode(False), torch.no_grad():
-            self.static: dict[str, Any] = rebuilt(
-                dict(given), lambda x: torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
-            )
+            self.static: dict[str, Any] = rebuilt(dict(given), lambda x: _dense(x, _home(x, device)))
             self.flat = tensors(self.static)
+            # those that are copied in with every call
+            self._plain = list(range(len(self.flat)))
             ids = self.static.get(IDS)
             self.ids = ids if vocab is not None and isinstance(ids, Tensor) else None
-            self.mask = mask_of(self.static)
+            self.mask = mask_of(self.static) if masks else None
             self.safe = None if self.ids is None else torch.zeros_like(self.ids)
             self._number = torch.zeros(1, dtype=torch.int64, device=device)
             self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -147,6 +198,37 @@ class Inputs:
         self._stream: Any = None
         self._probe = capture(self.tell, device, pool)[0] if self.told else None
         self.count_anew()
+
+    def hold(self, products: Iterable[SharedProduct], run: Callable[[], Any]) -> None:
+        """Have products of the arguments computed outside of the graphs that are captured from now on.
+
+        Args:
+            products: of the model.
+            run: the forward over the static arguments; it shows which are of one of them.
+        """
+        products = list(products)
+        if not products:
+            return
+        with torch.inference_mode(False), torch.no_grad(), graph_kernels(dependent=False):
+            for product in products:
+                product.forget()
+            run()
+            places = {id(x): place for place, x in enumerate(self.flat)}
+            for product in products:
+                found = product.latest()
+                if found is not None and (place := places.get(id(found[0]))) is not None:
+                    held = self._held.setdefault(place, _Held(found[0], []))
+                    held.products.append((product, found[1]))
+                product.forget()
+            for held in self._held.values():
+                held.pin()
+        self._plain = [place for place in self._plain if place not in self._held]
+
+    def let_go(self) -> None:
+        """The graphs are gone, and so is what they read beside the arguments."""
+        for held in self._held.values():
+            held.unpin()
+        self._held.clear()
 
     def count_anew(self) -> None:
         """Ask the device how often it has looked."""
@@ -169,10 +251,13 @@ class Inputs:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             stream.wait_event(self._done)
-        if len(self.flat) == 1:
-            self.flat[0].copy_(tensors(given)[0])
-        elif self.flat:
-            torch._foreach_copy_(self.flat, tensors(given))
+        values = tensors(given)
+        for place, held in self._held.items():
+            held.fill(values[place])
+        if len(self._plain) == 1:
+            self.flat[self._plain[0]].copy_(values[self._plain[0]])
+        elif self._plain:
+            torch._foreach_copy_([self.flat[place] for place in self._plain], [values[place] for place in self._plain])
 
     def look(self) -> None:
         """Have the device look at the arguments."""

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from dsi.containers.launches import graph_kernels
+from dsi.containers.shared_products import shared_products
 from dsi.errors import UnsupportedModelError
 from dsi.runtime.capture import end_failed_capture
 from dsi.runtime.forward_graph import MASK, Flags, ForwardGraph, Inputs, flags_of, mask_of
-from dsi.runtime.model_parts import ModelParts
-from dsi.runtime.trees import tensors
-from dsi.runtime.unpadded import Unpadded, bucket, worth_packing
+from dsi.runtime.model_parts import Choices, ModelParts
+from dsi.runtime.trees import tensors, without_numbers
+from dsi.runtime.unpadded import Unpadded, bucket, packs, worth_packing
 
 logger = logging.getLogger(__name__)
 
 # graphs, and structures of arguments that are remembered, of one model
 KEPT, REMEMBERED = 24, 512
+# values of a plain number among the arguments that get graphs of their own; a number that is another with every call
+# gets none beyond
+NUMBERS = 8
 # part of the device's memory that captures may take before all are dropped
 PART = 1 / 8
 # milliseconds from which a forward is no matter of the host any more, unless the host took as long itself: a prompt of
@@ -68,8 +72,7 @@ class ForwardPool:
         self.required, self.vocab = required, vocab
         self.device = next(model.parameters()).device
         self.lock = threading.RLock()
-        self.parts = ModelParts(model)
-        self.unpadded = Unpadded(self.parts)
+        self._look_at(model)
         self.packing = False
         self._padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._call: Callable[..., Any] = type(model).forward
@@ -78,11 +81,20 @@ class ForwardPool:
         self._graphs: OrderedDict[Any, ForwardGraph] = OrderedDict()
         self._guess: dict[Any, Any] = {}
         self._seen: OrderedDict[Any, Any] = OrderedDict()
+        # values of numbers, by the structure without them
+        self._numbers: OrderedDict[Any, set[Any]] = OrderedDict()
         # kinds of structures whose kernels are compiled
         self._compiled: set[Any] = set()
         self._failed: dict[Any, str] = {}
         self._memory: Any = None
         self._reserved = 0
+
+    def _look_at(self, model: nn.Module) -> None:
+        """What a change of the model is seen by, and what its graphs have in common, as it is now."""
+        self.parts, self.choices = ModelParts(model), Choices(model)
+        self.unpadded = Unpadded(self.parts)
+        self._products = shared_products(model)
+        self._masks = packs(model)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -111,6 +123,7 @@ class ForwardPool:
             raise NoGraph(reason)
         inputs = self._inputs.get(key)
         if inputs is None:
+            self._need_few_numbers(key)
             self._need_twice(key)
             inputs = self._made(key, given)
         inputs.fill(given)
@@ -161,14 +174,16 @@ class ForwardPool:
             logger.warning("%s", error)
 
     def _launched(self, key: Any, given: Mapping[str, Any]) -> Any:
-        names, mask = _structure(key), mask_of(given)
+        names, mask = _structure(key), mask_of(given) if self._masks else None
         # nothing begins early: weights may change between two launches that no graph holds
         with torch.no_grad(), graph_kernels(dependent=False):
             self._compile(names, given)
             form = "plain" if mask is None else self._form(key, mask, given, flags_of(mask))
             run = self._forward_of(form, names, given)
             self.packing = isinstance(form, int)
-            return self._time(key, run)
+            result = self._time(key, run)
+        self.choices.settle()
+        return result
 
     def _compile(self, names: Any, given: Mapping[str, Any]) -> None:
         """What a structure of another size may need compiled, all at once."""
@@ -220,6 +235,19 @@ class ForwardPool:
 
     # --- making and dropping ----------------------------------------------------------------------------------
 
+    def _need_few_numbers(self, key: Any) -> None:
+        """Nothing, where a number among the arguments is not another with every call."""
+        loose = without_numbers(key)
+        if loose == key:
+            return
+        values = self._numbers.setdefault(loose, set())
+        self._numbers.move_to_end(loose)
+        if len(self._numbers) > REMEMBERED:
+            self._numbers.popitem(last=False)
+        if len(values) >= NUMBERS and key not in values:
+            raise Later("a number among the arguments changes from call to call; pass it as a tensor")
+        values.add(key)
+
     def _need_twice(self, key: Any) -> None:
         """Nothing, from the second call of a structure on, where the device does not take long for it."""
         if self.required:
@@ -250,20 +278,26 @@ class ForwardPool:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
             self._reserved = torch.cuda.memory_reserved(self.device)
-        inputs = self._attempt(key, lambda: Inputs(given, self.vocab, self.device, self._memory))
+        inputs = self._attempt(key, lambda: self._filled(key, given))
         self._inputs[key] = inputs
+        return inputs
+
+    def _filled(self, key: Any, given: Mapping[str, Any]) -> Inputs:
+        inputs = Inputs(given, self.vocab, self.device, self._memory, masks=self._masks)
+        inputs.hold(self._products, self._forward_of("plain", _structure(key), inputs.arguments()))
         return inputs
 
     def _captured(self, key: Any, form: Any, inputs: Inputs) -> ForwardGraph:
         run = self._forward_of(form, _structure(key), inputs.arguments())
         graph = self._attempt(key, lambda: ForwardGraph(run, inputs, self._memory))
+        self.choices.settle()
         self._graphs[key, form] = graph
         if len(self._graphs) > KEPT:
             # it may be running
             torch.cuda.synchronize(self.device)
             (old, _), _ = self._graphs.popitem(last=False)
             if not any(one == old for one, _ in self._graphs):
-                del self._inputs[old]
+                self._inputs.pop(old).let_go()
                 self._guess.pop(old, None)
         return graph
 
@@ -293,14 +327,14 @@ class ForwardPool:
             raise Anew("graphs took too much memory, and are made anew")
 
     def _check_parts(self) -> None:
-        if reason := self.parts.changed():
+        if reason := self.parts.changed() or self.choices.changed():
             self.drop()
-            self.parts = ModelParts(self._model)
-            self.unpadded = Unpadded(self.parts)
+            self._look_at(self._model)
             raise Anew(f"graphs are made anew: {reason}")
 
     def _forget(self, key: Any) -> None:
-        self._inputs.pop(key, None)
+        if (inputs := self._inputs.pop(key, None)) is not None:
+            inputs.let_go()
         for pair in [pair for pair in self._graphs if pair[0] == key]:
             del self._graphs[pair]
 
@@ -309,6 +343,8 @@ class ForwardPool:
         if self._inputs:
             # they may be running
             torch.cuda.synchronize(self.device)
+        for inputs in self._inputs.values():
+            inputs.let_go()
         self._inputs.clear()
         self._graphs.clear()
         self._guess.clear()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import NormOp
+from dsi.containers.stand_in import StandIn
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -71,6 +73,67 @@ class ModelParts:
                 if getattr(hook, "__module__", "") not in _SILENT:
                     return getattr(hook, "__qualname__", None) or type(hook).__qualname__
         return ""
+
+
+class Choices:
+    """Plain attributes by which the stock code around and behind containers decides what it computes.
+
+    Watched where containers say that there are such: processors of attentions, sizes of chunks, switches that a user
+    may set. A replayed graph would not ask them.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        containers = [module for module in model.modules() if isinstance(module, StandIn)]
+        asking = any(container.neutral for container in containers)
+        watched: dict[int, nn.Module] = {}
+        for root in (model, *(container.original for container in containers)) if asking else ():
+            watched.update((id(module), module) for module in root.modules() if _has_choices(module))
+        self._own = [module.__dict__ for module in watched.values()]
+        self._names = [[name for name in own if name not in _STANDARD] for own in self._own]
+        self._take()
+
+    def _take(self) -> None:
+        self._sizes = list(map(len, self._own))
+        pairs = zip(self._own, self._names, strict=True)
+        # of two names, an itemgetter gives a tuple
+        self._reads: list[Callable[[], tuple[Any, ...]]] = [
+            partial(operator.itemgetter("training", "training", *names), own) for own, names in pairs
+        ]
+        self._known = self._values()
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable([read() for read in self._reads]))
+
+    def changed(self) -> str:
+        """What is another than it was, or ""."""
+        if list(map(len, self._own)) == self._sizes:
+            try:
+                if all(map(operator.is_, self._values(), self._known)):
+                    return ""
+            except KeyError:
+                pass
+        return "an attribute of a layer was set"
+
+    def settle(self) -> None:
+        """A forward ran, and nobody else did anything: what is another now is none of a user's choices."""
+        if not self.changed():
+            return
+        known = iter(self._known)
+        for own, names in zip(self._own, self._names, strict=True):
+            before = dict(zip(("training", "training", *names), known, strict=False))
+            names[:] = [name for name in names if name in own and own[name] is before[name]]
+        self._take()
+
+
+_STANDARD = frozenset({*nn.Module().__dict__, "_dsi", "forward", "_apply"})
+
+
+def _has_choices(module: nn.Module) -> bool:
+    """Stock modules that are none of torch's own."""
+    return not isinstance(module, StandIn) and not type(module).__module__.startswith(("torch.nn.", "dsi."))
 
 
 def _tensors(tables: list[dict[str, Any]]) -> Iterator[Tensor]:

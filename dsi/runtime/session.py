@@ -75,6 +75,7 @@ class Session:
         last_forward: what the latest forward did.
         forwards: captured forwards, on CUDA.
         unpadded: what is known of forwards without padding, elsewhere.
+        parts: by path, the sessions of parts that are run in the place of the model's forward.
     """
 
     runner: DecodeRunner | None = None
@@ -96,6 +97,7 @@ class Session:
     last_forward: ForwardRoute | None = None
     forwards: ForwardPool | None = attrs.field(default=None, repr=False)
     unpadded: Unpadded | None = attrs.field(default=None, repr=False)
+    parts: dict[str, Session] = attrs.field(factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_MODEL}

@@ -1,16 +1,20 @@
 """Arguments and results of a forward as trees: what they are besides their tensors' values, and the same with others.
 
-Containers are tuples, lists and dicts, transformers' outputs, and its growing cache, which a result may hold.
+Containers are tuples, lists and dicts, outputs (ordered dicts that are dataclasses, as transformers and diffusers have
+them), and transformers' growing cache, which a result may hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import ModelOutput
 
 _PLAIN = (int, float, bool, str, type(None))
 # objects that are their attributes
@@ -19,6 +23,11 @@ _OBJECTS = (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)
 
 class NoTree(TypeError):
     """A value that is no tensor, no plain value and no container of such; the message says what it is."""
+
+
+@functools.cache
+def _is_output(kind: Any) -> bool:
+    return issubclass(kind, OrderedDict) and dataclasses.is_dataclass(kind)
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -33,7 +42,7 @@ def leaves(value: Any) -> Iterator[Any]:
     elif kind is tuple or kind is list:
         for item in value:
             yield from leaves(item)
-    elif kind is dict or issubclass(kind, ModelOutput):
+    elif kind is dict or _is_output(kind):
         for item in value.values():
             yield from leaves(item)
     elif kind in _OBJECTS:
@@ -91,7 +100,7 @@ def _rebuilt(value: Any, change: Callable[[Tensor], Tensor], done: dict[int, Ten
         return kind([_rebuilt(item, change, done) for item in value])
     if kind is dict:
         return {name: _rebuilt(item, change, done) for name, item in value.items()}
-    if issubclass(kind, ModelOutput):
+    if _is_output(kind):
         return kind(**{name: _rebuilt(item, change, done) for name, item in value.items()})
     if kind in _OBJECTS:
         made = object.__new__(kind)
@@ -108,6 +117,15 @@ def _attributes(value: Any) -> dict[str, Any]:
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of a tree, in order."""
     return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def without_numbers(key: Any) -> Any:
+    """A signature, or a tuple of such, without the values of its ints and floats."""
+    if not isinstance(key, tuple) or isinstance(key, torch.Size):
+        return key
+    if len(key) == 2 and key[0] in (int, float):
+        return key[0]
+    return tuple(map(without_numbers, key))
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

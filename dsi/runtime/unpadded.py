@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsi.containers.base import Container
 from dsi.containers.packing import AnotherWay, Packing, Stop, Trace, around
 from dsi.runtime.model_parts import ModelParts
 from dsi.runtime.trees import NoTree, tensors
@@ -37,6 +38,11 @@ def bucket(visible: int, total: int) -> int:
 def worth_packing(rows: int, total: int) -> bool:
     """Whether that many packed rows are less work than all positions."""
     return rows <= WORTH * total
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether a mask may be of positions that layers can do without: those of hidden states [B, S, H] are some."""
+    return any(isinstance(module, Container) for module in model.modules())
 
 
 class Unpadded:

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsi.policy import Attr, Block, Concat, Config, Const, Linear, Norm, Policy, hookimpl
+from dsi.policy import Attr, Block, Concat, Config, Const, Entries, Linear, Norm, Policy, hookimpl
 
-DSI_API = (1, 0)
+DSI_API = (1, 2)
 
 CLIP = Policy(
     name="clip",
     requires=("transformers>=5.6",),
+    # it decides on the host
+    entries=[
+        Entries(
+            model="diffusers.pipelines.stable_diffusion.safety_checker:StableDiffusionSafetyChecker",
+            parts=("vision_model",),
+        )
+    ],
     blocks=[
         Block(
             layer="transformers.models.clip.modeling_clip:CLIPEncoderLayer",

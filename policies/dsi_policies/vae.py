@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsi.policy import Attr, Block, Call, Concat, Conv, Linear, Norm, Policy, hookimpl
+from dsi.policy import Attr, Block, Call, Concat, Conv, Entries, Linear, Norm, Policy, hookimpl
 from dsi_policies.unet import plain_attention
 
 DSI_API = (1, 2)
@@ -19,6 +19,8 @@ MODEL = "diffusers.models.autoencoders.autoencoder_kl:AutoencoderKL"
 VAE = Policy(
     name="vae",
     requires=("diffusers>=0.42",),
+    # pipelines call encode and decode, which may go tile by tile
+    entries=[Entries(model=MODEL, parts=("encoder", "decoder"))],
     blocks=[
         Block(
             layer="diffusers.models.attention_processor:Attention",

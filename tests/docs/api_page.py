@@ -25,7 +25,7 @@ CHAPTERS = {
     "A policy": ("Policy", "Block", "Call", "RotaryTable", "Refusal"),
     "Slots: which weights": ("Linear", "Concat", "Packed", "Norm", "Keep"),
     "Facts: which numbers": ("Config", "Attr", "Const", "Inverse"),
-    "Around the layers": ("CausalLM", "Positions", "Rotary", "Alibi", "Context"),
+    "Around the layers": ("CausalLM", "Positions", "Rotary", "Alibi", "Context", "Entries"),
     "Other things to register": ("Container", "Quantizer", "Check"),
 }
 CONTAINERS = (DecoderLayer, EncoderLayer)
