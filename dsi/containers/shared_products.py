@@ -200,6 +200,7 @@ class SharedProduct:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.weight = self.bias = None
+        self.products = 0
         self._start()
 
 
