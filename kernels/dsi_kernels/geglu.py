@@ -3,7 +3,8 @@
     value, gate = x[..., :I], x[..., I:]
     y           = value * gelu(gate)
 
-One program per tile of 2048 elements, 256 of a row. Reads x once and writes y once: 3 * T * I * itemsize bytes, memory bound.
+One program per tile of 2048 elements, 256 of a row. Reads x once and writes y once: 3 * T * I * itemsize bytes, memory
+bound.
 
 Casting follows `hidden_states * F.gelu(gate)`: the gelu is computed in fp32 and rounded to the input dtype, the product
 is rounded again.
