@@ -34,11 +34,19 @@ from dsi.errors import (
 if TYPE_CHECKING:
     from dsi.api import init_inference, plan
     from dsi.engine import InferenceEngine
+    from dsi.pipeline import PipelineEngine, PipelinePlan
     from dsi.planner import Plan
 
 __version__ = "0.1.0"
 
-_LAZY = {"InferenceEngine": "dsi.engine", "Plan": "dsi.planner", "init_inference": "dsi.api", "plan": "dsi.api"}
+_LAZY = {
+    "InferenceEngine": "dsi.engine",
+    "PipelineEngine": "dsi.pipeline",
+    "PipelinePlan": "dsi.pipeline",
+    "Plan": "dsi.planner",
+    "init_inference": "dsi.api",
+    "plan": "dsi.api",
+}
 
 __all__ = [
     "AmbiguousPolicyError",
@@ -49,6 +57,8 @@ __all__ = [
     "InferenceEngine",
     "InjectionError",
     "InputError",
+    "PipelineEngine",
+    "PipelinePlan",
     "Plan",
     "PluginError",
     "PolicyError",

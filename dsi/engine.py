@@ -6,6 +6,8 @@ model has not: input checks before anything is launched, timers, a profile, and 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 from torch import nn
 
 from dsi.config import InferenceConfig
-from dsi.errors import RestoreError
-from dsi.inject import Injection, set_attribute
-from dsi.planner import Plan
+from dsi.containers import StandIn
+from dsi.errors import InjectionError, RestoreError, UnsupportedModelError
+from dsi.inject import Injection, inject, set_attribute
+from dsi.parallel import Group
+from dsi.planner import Plan, make_plan
 from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
+from dsi.registry import Registry
 from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
 from dsi.runtime.forward import CHECKED, Forward, drop_forwards, moved, vocab_size
 from dsi.runtime.session import ATTRIBUTE
@@ -73,6 +78,85 @@ def _context(model: nn.Module, plan: Plan) -> int | None:
 
 def _on_cuda(model: nn.Module) -> bool:
     return all(parameter.is_cuda for parameter in model.parameters())
+
+
+def optimize(model: nn.Module, settings: InferenceConfig, group: Group | None = None) -> InferenceEngine:
+    """`init_inference` with the options read; as one rank of a group, where one is given.
+
+    Args:
+        model: see `init_inference`.
+        settings: the options.
+        group: the ranks over which the layers are split.
+
+    Raises:
+        DsiError: see `init_inference` and `dsi.inject.inject`.
+    """
+    if isinstance(model, nn.Module) and (where := already_optimized(model)) is not None:
+        raise InjectionError(f"{where} is optimized already", hint="call restore() on its engine first")
+    made = make_plan(model, settings, Registry.load())
+    complain(made, settings)
+    return carry_out(model, made, settings, group)
+
+
+def carry_out(
+    model: nn.Module,
+    made: Plan,
+    settings: InferenceConfig,
+    group: Group | None = None,
+    then: Callable[[], object] | None = None,
+) -> InferenceEngine:
+    """Make a plan true.
+
+    Args:
+        model, settings, group: see `optimize`.
+        made: the plan.
+        then: called while this can still be taken back, whatever a cast lost; an error of it takes it back.
+
+    Raises:
+        DsiError: see `dsi.inject.inject`.
+    """
+    session = None
+
+    def attach(injection: Injection) -> None:
+        nonlocal session
+        session = attach_session(model, injection, settings)
+        if then is not None:
+            then()
+
+    injection = inject(model, made, settings, attach, group)
+    assert session is not None
+    return InferenceEngine(model, injection, settings, session)
+
+
+def already_optimized(model: nn.Module) -> str | None:
+    """The model, or the first part of it, that another engine has changed."""
+    for path, module in model.named_modules():
+        if "_dsi" in module.__dict__ or isinstance(module, StandIn):
+            return f"{path} of {type(model).__name__}" if path else type(model).__name__
+    return None
+
+
+def complain(made: Plan, settings: InferenceConfig) -> None:
+    """What cannot be had, or was not: an error where it was asked for, a warning where it is everything.
+
+    Raises:
+        UnsupportedModelError: graphs were asked for where there are none; or `strict=True`.
+    """
+    if settings.enable_cuda_graph is True and not made.device.startswith("cuda"):
+        raise UnsupportedModelError(
+            f"enable_cuda_graph=True, and the model is on {made.device}",
+            hint="move the model to CUDA first, or leave the option out",
+        )
+    if not settings.replace_with_kernel_inject:
+        return
+    if settings.strict:
+        passed_over = [f"{x.path}: {x.reason.code}: {x.reason.text}" for x in made.left if x.reason.code != "no_policy"]
+        if not made.blocks or passed_over:
+            raise UnsupportedModelError(
+                "strict=True, and these would be left alone:\n  " + "\n  ".join(passed_over or [made.why_nothing])
+            )
+    if not made.blocks:
+        warnings.warn(f"dsi replaced nothing: {made.why_nothing}", UserWarning, stacklevel=4)
 
 
 class InferenceEngine:

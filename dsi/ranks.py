@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dsi import parallel
-from dsi.api import optimize
 from dsi.config import load_config
-from dsi.engine import InferenceEngine
+from dsi.engine import InferenceEngine, optimize
 from dsi.fit import submodule
 from dsi.parallel import Group, LayerShard, ProcessGroup, shard_layer, thread_groups
 from dsi.planner import Plan

@@ -7,7 +7,6 @@ them), and transformers' growing cache, which a result may hold.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,8 +24,7 @@ class NoTree(TypeError):
     """A value that is no tensor, no plain value and no container of such; the message says what it is."""
 
 
-@functools.cache
-def _is_output(kind: Any) -> bool:
+def _is_output(kind: type) -> bool:
     return issubclass(kind, OrderedDict) and dataclasses.is_dataclass(kind)
 
 
