@@ -180,7 +180,7 @@ def load(folder: Path | None, dtype: torch.dtype, device: str) -> Any:
     if folder is None:
         pipe = tiny_pipeline().to(dtype)
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
