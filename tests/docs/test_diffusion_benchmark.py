@@ -53,3 +53,13 @@ def test_a_part_that_is_wrong_is_refused(table, monkeypatch):
     name = next(name for name in cases if name.startswith("sd1.5-unet"))
     with pytest.raises(module.Refused, match=r"sd1\.5-unet 2x8x8: error"):
         cases[name]()
+
+
+def test_pictures_are_measured_beside_stock(table):
+    cases, _, models = table
+    name = next(name for name in cases if name.startswith("sd1.5-picture"))
+    result = cases[name]()
+    assert set(result.times) == {"stock", "dsi"}
+    assert result.facts["steps"] == models.TINY.steps
+    assert set(result.facts["ms a step"]) == {"stock", "dsi"}
+    assert 0 < result.check["worst ratio of a step's latents"] <= 1.2
