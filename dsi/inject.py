@@ -280,6 +280,8 @@ def _replace(model: nn.Module, planned: BlockPlan, injection: Injection) -> None
         else:
             fused, absorb = _absorb(container, place, slot, injection)
             injection.journal.do(absorb)
+            if isinstance(fused, FusedLinear):
+                fused.many = container.MANY_ROWS
             fused.choose_form_()
     container.finish()
     injection.journal.do(_swap(model, parent, name, container))

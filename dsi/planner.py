@@ -406,18 +406,21 @@ class _Planner:
             container=choice.block.container,
             policy=choice.full_name,
             ops=found.container.operations(choose_ops(self.device, self.config.use_triton), found.facts),
-            slots=tuple(self._slot(place, slot, module) for place, slot in found.block.slots.items()),
+            slots=tuple(
+                self._slot(place, slot, module, many=found.container.MANY_ROWS)
+                for place, slot in found.block.slots.items()
+            ),
             block=found.block,
             fit=found,
         )
 
-    def _slot(self, place: str, slot: Any, layer: nn.Module) -> SlotPlan:
+    def _slot(self, place: str, slot: Any, layer: nn.Module, *, many: bool) -> SlotPlan:
         modules = [submodule(layer, path, place) for path in slot.sources()]
         tensors = [p for module in modules for p in module.parameters()]
         before = sum(p.nbytes for p in tensors)
         dtype = self.cast or tensors[0].dtype if tensors else self.dtype_before
         after = sum(p.numel() for p in tensors) * dtype.itemsize
-        shape, form = self._shape(slot, modules, dtype)
+        shape, form = self._shape(slot, modules, dtype, many=many)
         return SlotPlan(
             place=place,
             sources=slot.sources(),
@@ -429,7 +432,7 @@ class _Planner:
             bias=any(module._parameters.get("bias") is not None for module in modules),
         )
 
-    def _shape(self, slot: Any, modules: list[Any], dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+    def _shape(self, slot: Any, modules: list[Any], dtype: torch.dtype, *, many: bool) -> tuple[tuple[int, ...], str]:
         """The shape of a slot's fused weight, and how it will be held."""
         if isinstance(slot, Keep):
             return (), "kept"
@@ -442,7 +445,7 @@ class _Planner:
         out_features, in_features = sum(w.shape[0] for w in weights), weights[0].shape[1]
         if getattr(slot, "shared", ""):
             return (out_features, in_features), "aten"
-        return (out_features, in_features), choose_form(self.device, dtype, out_features, in_features)
+        return (out_features, in_features), choose_form(self.device, dtype, out_features, in_features, many=many)
 
     def _tables(self) -> Iterator[TablePlan]:
         """The embeddings and heads around layers that are replaced whose one weight can be held packed."""

@@ -36,6 +36,9 @@ PACK_FROM = 1 << 19
 # oneDNN's blocks, [out, in]; their padding may cost at most this share of the weight's bytes
 BLOCK = (64, 16)
 PACK_PADDING = 1.01
+# multiplications from which oneDNN's product of a small fp32 weight with many rows costs less than MKL's (2-core Zen 5,
+# 128 rows: 96 x 32 18 us against 11, 256 x 32 21 against 21; 2048 rows: 96 x 32 45 us against 71)
+ONEDNN_FROM = 1 << 20
 # rows from which a 16-bit weight is worth expanding to fp32 for one product
 UPCAST_FROM = 4
 
@@ -74,8 +77,13 @@ def _pointwise(
     return product
 
 
-def choose_form(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str:
-    """The name of the form in which an [out_features, in_features] weight is held; see the module's docstring."""
+def choose_form(
+    device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, *, many: bool = False
+) -> str:
+    """The name of the form in which an [out_features, in_features] weight is held; see the module's docstring.
+
+    many: it is multiplied with many rows at a time, always.
+    """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return "aten"
     if dtype is torch.bfloat16 and has_bf16():
@@ -83,12 +91,12 @@ def choose_form(device: torch.device, dtype: torch.dtype, out_features: int, in_
     if dtype is torch.float32:
         if out_features * in_features >= PACK_FROM and _packs_tightly(out_features, in_features):
             return "packed"
-        return _small_form(out_features, in_features)
+        return _small_form(out_features, in_features, many=many)
     return "upcast" if dtype in (torch.bfloat16, torch.float16) else "aten"
 
 
-def _small_form(out_features: int, in_features: int) -> str:
-    if has_avx512() and _parts_of(out_features) > 1:
+def _small_form(out_features: int, in_features: int, *, many: bool) -> str:
+    if has_avx512() and not many and _parts_of(out_features) > 1:
         return "parts"
     return "columns" if has_avx512() or out_features >= 2 * in_features else "aten"
 
@@ -151,6 +159,8 @@ class FusedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.sources = sources
         self._runs = None if permutation is None else Runs.of(permutation)
+        # it is multiplied with many rows at a time, always
+        self.many = False
         self.wide = has_avx512()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._hold(weight, form)
@@ -174,7 +184,8 @@ class FusedLinear(nn.Module):
         """Hold the weight in the form that its device and dtype want."""
         self.unpack_()
         weight = self.weight.detach()
-        self._hold(weight, choose_form(weight.device, weight.dtype, self.out_features, self.in_features))
+        shape = self.out_features, self.in_features
+        self._hold(weight, choose_form(weight.device, weight.dtype, *shape, many=self.many))
 
     def unpack_(self) -> None:
         """Hold the weight as a plain matrix."""
@@ -222,6 +233,8 @@ class FusedLinear(nn.Module):
 
     def _by_onednn(self, x: Tensor) -> bool:
         """Whether a product with a weight held by columns is oneDNN's: at one row MKL's costs less to begin."""
+        if self.many:
+            return self.wide and x.numel() * self.out_features >= ONEDNN_FROM
         return self.wide and x.numel() > self.in_features
 
     def _by_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None) -> Tensor:

@@ -42,6 +42,7 @@ class MapContainer(StandIn):
 
     INPUTS: ClassVar[frozenset[str]] = frozenset()
     DIMENSIONS: ClassVar[int] = 4
+    MANY_ROWS = True
 
     def run(self, call: MapCall) -> Tensor:
         """The fused computation."""

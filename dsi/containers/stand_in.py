@@ -97,6 +97,9 @@ class StandIn(nn.Module):
     # query heads; "units", output rows of hidden units; "units_in", input columns of hidden units
     SHARDING: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
+    # its linear layers always see many rows at a time
+    MANY_ROWS: ClassVar[bool] = False
+
     original: nn.Module
 
     def __init__(self, original: nn.Module, facts: Mapping[str, Any], call: Call, use_triton: bool | None) -> None:
