@@ -19,7 +19,7 @@ from dsi.config import InferenceConfig
 from dsi.engine import InferenceEngine, already_optimized, carry_out
 from dsi.errors import DsiError, InjectionError, RestoreError, UnsupportedModelError
 from dsi.fit import class_name
-from dsi.planner import Plan, make_plan
+from dsi.planner import LeftPlan, Plan, make_plan
 from dsi.registry import Registry
 from dsi.report import size
 
@@ -52,6 +52,7 @@ class ComponentPlan:
         bytes: of its weights.
         plan: what is done to it; None where it is left alone.
         reason: why none of its layers is replaced; "" where some are.
+        left: what stays as it is in it, and why.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ComponentPlan:
     bytes: int
     plan: Plan | None
     reason: str = ""
+    left: tuple[LeftPlan, ...] = ()
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -177,15 +179,12 @@ def modules_of(pipe: Pipeline) -> dict[str, nn.Module]:
 
 def _component(name: str, module: nn.Module, settings: InferenceConfig, registry: Registry) -> ComponentPlan:
     held = sum(tensor.nbytes for tensor in module.parameters())
-    found: Plan | None = None
-    if any(parameter.is_floating_point() for parameter in module.parameters()):
-        found = make_plan(module, settings, registry)
-        reason = found.why_nothing
-        if not found.blocks and found.cast is None:
-            found = None
-    else:
-        reason = "it has no floating-point parameters"
-    return ComponentPlan(name=name, original=class_name(module), bytes=held, plan=found, reason=reason)
+    about: dict[str, Any] = {"name": name, "original": class_name(module), "bytes": held}
+    if not any(parameter.is_floating_point() for parameter in module.parameters()):
+        return ComponentPlan(**about, plan=None, reason="it has no floating-point parameters")
+    made = make_plan(module, settings, registry)
+    changed = bool(made.blocks) or made.cast is not None
+    return ComponentPlan(**about, plan=made if changed else None, reason=made.why_nothing, left=made.left)
 
 
 # --- what stands in the way -------------------------------------------------------------------------------------------
@@ -254,9 +253,9 @@ def _complain(made: PipelinePlan, settings: InferenceConfig) -> None:
     if not (settings.strict and settings.replace_with_kernel_inject):
         return
     passed_over = [
-        f"{name}.{left.path}: {left.reason.code}: {left.reason.text}"
-        for name, plan in made.plans.items()
-        for left in plan.left
+        f"{one.name}.{left.path}: {left.reason.code}: {left.reason.text}"
+        for one in made.components
+        for left in one.left
         if left.reason.code != "no_policy"
     ]
     if passed_over or made.why_nothing:

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that work unchanged on optimized components: the same pictures as stock's, and all the way back."""
+"""Pipelines of diffusers work unchanged on optimized components: the same pictures as stock's, and all the way back."""
 
 from __future__ import annotations
 
