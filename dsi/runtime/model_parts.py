@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import NormOp
-from dsi.containers.stand_in import StandIn
+from dsi.containers.stand_in import FUSED, StandIn
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -36,7 +35,7 @@ class ModelParts:
         modules = list(model.modules())
         self._own = [module.__dict__ for module in modules]
         # what containers are made of has a flag that nobody reads
-        self._flagged = [module.__dict__ for module in modules if not isinstance(module, FusedLinear | NormOp)]
+        self._flagged = [module.__dict__ for module in modules if not isinstance(module, (*FUSED, NormOp))]
         self._tables = [table for own in self._own for name in _TABLES if (table := own[name])]
         # the root's own hooks run around its forward, not in it
         self._hooks = [own[name] for own in self._own[1:] for name in _HOOKS]
