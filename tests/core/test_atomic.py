@@ -194,7 +194,7 @@ def test_no_memory_for_what_a_cast_loses(monkeypatch):
 def test_a_fault_at_the_very_end(family):
     subject = Subject(family)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dsi.api, "attach_session", Fuse(1, ValueError("late")).before(attach_session))
+        patch.setattr(dsi.engine, "attach_session", Fuse(1, ValueError("late")).before(attach_session))
         with pytest.raises(
             dsi.InjectionError, match=r"step \d+ failed; the model is what it was before: ValueError\('late'\)"
         ):

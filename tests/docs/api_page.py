@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "plugins" / "api.md"
 # in the order in which an author needs them
 CHAPTERS = {
     "A policy": ("Policy", "Block", "Call", "RotaryTable", "Refusal"),
-    "Slots: which weights": ("Linear", "Concat", "Packed", "Norm", "Keep"),
+    "Slots: which weights": ("Linear", "Concat", "Packed", "Conv", "Norm", "Keep"),
     "Facts: which numbers": ("Config", "Attr", "Const", "Inverse"),
     "Around the layers": ("CausalLM", "Positions", "Rotary", "Alibi", "Context", "Entries"),
     "Other things to register": ("Container", "Quantizer", "Check"),
@@ -68,6 +68,11 @@ overridden:
 `cache`, None or a cache whose `update(k, v, layer_idx)` gives all keys and values; `rope`, the rotary terms or None;
 `causal`, what a missing mask means. Calls that a container need not understand (unknown arguments, attention weights
 wanted, training) never reach `run`: the stock layer answers them.
+
+Layers of maps [B, C, H, W] have containers of their own, subclasses of `dsi.containers.MapContainer`: `INPUTS` names
+what they take beside the map (`Call.inputs` says under which arguments), `takes(hidden, inputs)` is False for a call
+that is the stock layer's affair, and `run` gets a `MapCall`: `hidden`, channels-last, and `inputs`. All containers are
+`dsi.containers.StandIn`.
 """
 
 CHECK_TEXT = """\

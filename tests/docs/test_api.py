@@ -43,6 +43,6 @@ def test_a_docstring_names_the_fields_that_there_are(name):
 def test_a_default_is_the_default():
     """The page's defaults, read back, make the same object."""
     assert fields("Call")["mask"] == repr(vocabulary.Call().mask)
-    assert fields("Linear") == {"path": "", "split": "'none'", "transposed": "False", "cls": "''"}
+    assert fields("Linear") == {"path": "", "split": "'none'", "transposed": "False", "cls": "''", "shared": "''"}
     assert fields("Block")["facts"] == "{}"
     assert fields("Policy")["priority"] == "0"
