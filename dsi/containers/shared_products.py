@@ -111,6 +111,11 @@ class SharedProduct:
         """Drop what is kept."""
         self._kept = None
 
+    def gather(self) -> None:
+        """Make the matrix now, where the layers' rows had been moved: they are where it has them from then on."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._gather()
+
     def _gather(self) -> tuple[Tensor, Tensor | None]:
         """The matrix, made of the layers' rows where they had been moved."""
         if self.weight is None:

@@ -91,9 +91,11 @@ class ForwardPool:
 
     def _look_at(self, model: nn.Module) -> None:
         """What a change of the model is seen by, and what its graphs have in common, as it is now."""
+        self._products = shared_products(model)
+        for product in self._products:
+            product.gather()
         self.parts, self.choices = ModelParts(model), Choices(model)
         self.unpadded = Unpadded(self.parts)
-        self._products = shared_products(model)
         self._masks = packs(model)
 
     def __len__(self) -> int:
@@ -174,6 +176,7 @@ class ForwardPool:
             logger.warning("%s", error)
 
     def _launched(self, key: Any, given: Mapping[str, Any]) -> Any:
+        self._outdated()
         names, mask = _structure(key), mask_of(given) if self._masks else None
         # nothing begins early: weights may change between two launches that no graph holds
         with torch.no_grad(), graph_kernels(dependent=False):
@@ -327,10 +330,16 @@ class ForwardPool:
             raise Anew("graphs took too much memory, and are made anew")
 
     def _check_parts(self) -> None:
-        if reason := self.parts.changed() or self.choices.changed():
+        if reason := self._outdated():
+            raise Anew(f"graphs are made anew: {reason}")
+
+    def _outdated(self) -> str:
+        """What of the model is another than it was, or ""; graphs of what it was go."""
+        reason = self.parts.changed() or self.choices.changed()
+        if reason:
             self.drop()
             self._look_at(self._model)
-            raise Anew(f"graphs are made anew: {reason}")
+        return reason
 
     def _forget(self, key: Any) -> None:
         if (inputs := self._inputs.pop(key, None)) is not None:
