@@ -290,7 +290,7 @@ class _Planner:
     def plan(self) -> Plan:
         taken = ""
         kept: tuple[str, ...] = ()
-        for path, module, config, holder in _walk(self.model):
+        for path, module, config, holder in walk(self.model):
             # what stands below a layer that is replaced goes with it, but for what it keeps
             if taken and path.startswith(taken) and not path.startswith(kept):
                 continue
@@ -568,7 +568,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
                 yield buffer
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any, str]]:
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any, str]]:
     """Every module, parents first: its path, the config of the nearest enclosing module that has one, its holder.
 
     The holder is the class of the module that holds it, past lists and dictionaries of modules; "" for the model.

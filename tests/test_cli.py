@@ -270,9 +270,30 @@ def test_explain_each_config_of_one_layer_class(capsys, monkeypatch, tmp_path):
     model = build_skeleton(folder)
     verdicts = {
         paths[0]: registry.choose(found, config).full_name
-        for found, (config, paths) in explain._claimed(model, registry)
+        for found, _, config, paths in explain._claimed(model, registry)
     }
     assert verdicts == {"text_model.encoder.layers.0": "acme:main", "vision_model.encoder.layers.0": ""}
+
+
+class Holder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+
+
+def test_explain_heeds_what_holds_a_layer():
+    """Torch's own classes stand everywhere; a policy says in which of its own they are meant."""
+    layer = "torch.nn.modules.linear:Linear"
+    held = f"{Holder.__module__}:{Holder.__qualname__}"
+    one, other = (
+        Policy(name="main", blocks=[Block(layer=layer, container="c:C", slots={}, inside=(holder,))])
+        for holder in (held, "some.where:Else")
+    )
+    registry = Registry.from_plugins({"one": of(one), "other": of(other)}, strict=True)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Holder())
+    ((found, holder, config, paths),) = explain._claimed(model, registry)
+    assert (found, holder, paths) == (layer, held, ("1.layers.0",))
+    assert registry.choose(found, config, holder=holder).full_name == "one:main"
 
 
 # --- skeletons ----------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class _Claim:
 def run(args: argparse.Namespace) -> Answer:
     """A verdict on every candidate for every claimed layer class, then the plan."""
     model, config, registry = prepare(args)
-    claims = [_claim(registry, config, layer, *found) for layer, found in _claimed(model, registry)]
+    claims = [_claim(registry, config, *found) for found in _claimed(model, registry)]
     text = [line for claim in claims for line in _claim_lines(claim)] or ["no policy claims a layer of this model"]
     data: dict[str, Any] = {"layers": [attrs.asdict(claim) for claim in claims]}
     if any(claim.error for claim in claims):
@@ -56,30 +56,29 @@ def run(args: argparse.Namespace) -> Answer:
     )
 
 
-def _claimed(model: nn.Module, registry: Registry) -> Iterator[tuple[str, tuple[Any, tuple[str, ...]]]]:
-    """Each claimed layer class, once for each config that its instances stand under, with their paths."""
-    configs: dict[str, Any] = {}
-    found: dict[tuple[str, int], list[str]] = {}
-    for path, module in model.named_modules():
-        own = getattr(module, "config", None)
-        configs[path] = own if own is not None else configs.get(path.rpartition(".")[0])
+def _claimed(model: nn.Module, registry: Registry) -> Iterator[tuple[str, str, Any, tuple[str, ...]]]:
+    """Each claimed layer class, once for each class that holds it and config that it stands under, with its paths."""
+    from dsi.planner import walk
+
+    found: dict[tuple[str, str, int], tuple[Any, list[str]]] = {}
+    for path, module, config, holder in walk(model):
         layer = f"{type(module).__module__}:{type(module).__qualname__}"
-        if registry.blocks_for(layer):
-            found.setdefault((layer, id(configs[path])), []).append(path)
-    for (layer, _), paths in found.items():
-        yield layer, (configs[paths[0]], tuple(paths))
+        if registry.blocks_for(layer, holder):
+            found.setdefault((layer, holder, id(config)), (config, []))[1].append(path)
+    for (layer, holder, _), (config, paths) in found.items():
+        yield layer, holder, config, tuple(paths)
 
 
 def _claim(
-    registry: Registry, config: InferenceConfig, layer: str, model_config: Any, paths: tuple[str, ...]
+    registry: Registry, config: InferenceConfig, layer: str, holder: str, model_config: Any, paths: tuple[str, ...]
 ) -> _Claim:
     try:
-        choice, error = registry.choose(layer, model_config, config.injection_policy), ""
+        choice, error = registry.choose(layer, model_config, config.injection_policy, holder=holder), ""
     except AmbiguousPolicyError as tie:
         choice, error = Choice(), str(tie)
     rejected = {one.full_name: one for one in choice.rejected}
     verdicts = []
-    for full_name, policy, _ in registry.blocks_for(layer):
+    for full_name, policy, _ in registry.blocks_for(layer, holder):
         record = next(one for one in registry.records if one.name == full_name.partition(":")[0])
         out = rejected.get(full_name)
         verdicts.append(
