@@ -190,6 +190,7 @@ class Plan:
                 {"path": x.path, "original": x.original, "bytes": x.bytes, "code": x.reason.code, "text": x.reason.text}
                 for x in self.left
             ],
+            "entries": list(self.entries),
             "generate": self.decode_text,
             "rejected": {layer: [attrs.asdict(entry) for entry in entries] for layer, entries in self.rejected.items()},
             "restorable": self.restorable,

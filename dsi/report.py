@@ -36,6 +36,8 @@ def plan_table(plan: Plan) -> str:
     before = sum(b.bytes_before for b in plan.blocks)
     after = sum(b.bytes_after for b in plan.blocks)
     lines.append(f"weights in replaced layers: {size(before)} -> {size(after)}")
+    if plan.entries:
+        lines.append(f"run part by part: {', '.join(plan.entries)}")
     lines.append(f"generate: {plan.decode_text}")
     lines.append(f"restore: {'bit for bit' if plan.restorable else 'refused'}")
     lines += [f"note: {note}" for note in plan.notes]

@@ -287,6 +287,9 @@ class ForwardPool:
 
     def _filled(self, key: Any, given: Mapping[str, Any]) -> Inputs:
         inputs = Inputs(given, self.vocab, self.device, self._memory, masks=self._masks)
+        if self._products:
+            with torch.no_grad(), graph_kernels(dependent=False):
+                self._compile(_structure(key), given)
         inputs.hold(self._products, self._forward_of("plain", _structure(key), inputs.arguments()))
         return inputs
 
