@@ -7,6 +7,7 @@ lets one say so.
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -43,6 +44,17 @@ SIZES: Mapping[str, int] = MappingProxyType(
         "num_experts_per_tok": 2,
     }
 )
+# the same for models that take their settings one by one, of two levels: attribute -> value
+MAP_SIZES: Mapping[str, Any] = MappingProxyType(
+    {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+    }
+)
 # switches that every config has say nothing of the layers
 _COMMON = frozenset(
     {"return_dict", "output_hidden_states", "output_attentions", "use_cache", "is_encoder_decoder", "is_decoder"}
@@ -54,11 +66,14 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 def tiny_config(policy: Policy) -> Any:
     """A tiny config of the architecture whose layers a policy claims, of a variant that it takes.
 
-    Where the policy refuses the variant that is the default, switches of the config are turned, as few as will do.
+    Where the policy refuses the variant that is the default, switches of the config are turned, as few as will do. Of a
+    policy whose blocks name the models that they are inside of, it is a dict of that model's arguments.
 
     Raises:
         ConfigError: the module of its layers belongs to no config, or transformers refuses the sizes.
     """
+    if any(block.inside for block in policy.blocks):
+        return _map_settings(whole_class(policy))
     cls = config_class(policy)
     try:
         return _variant(policy, cls, _settings(cls))
@@ -81,6 +96,31 @@ def _variant(policy: Policy, cls: Any, settings: dict[str, Any]) -> Any:
                 return turned
     # the check tells why it is refused
     return plain
+
+
+def whole_class(policy: Policy) -> type:
+    """The first class that the policy's blocks name in `inside` and that is a model by itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name in (name for block in policy.blocks for name in block.inside):
+        module, _, attribute = name.partition(":")
+        found: type = getattr(importlib.import_module(module), attribute)
+        if hasattr(found, "from_pretrained"):
+            return found
+    raise ConfigError(["model_class: no block of the policy is inside a model that has from_pretrained(); name one"])
+
+
+def _map_settings(cls: type) -> dict[str, Any]:
+    """Arguments of a model of maps: of every list of its levels' classes the first and the last."""
+    settings: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in MAP_SIZES:
+            settings[name] = MAP_SIZES[name]
+        elif name in ("down_block_types", "up_block_types"):
+            settings[name] = (parameter.default[0], parameter.default[-1])
+    return settings
 
 
 def config_class(policy: Policy) -> type:

@@ -1,4 +1,4 @@
-"""What a model reads: token ids with every kind of padding, and pixels."""
+"""What a model reads: token ids with every kind of padding, pixels, or maps [B, C, H, W]."""
 
 from __future__ import annotations
 
@@ -71,6 +71,66 @@ class Reads:
         mask = MASKS[padding](batch, length)
         inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, self.pad_id)
         return {**inputs, "attention_mask": mask}
+
+
+@attrs.frozen(kw_only=True)
+class ReadsMaps:
+    """What a model of maps reads.
+
+    Args:
+        name: of the argument that is the map.
+        channels: of the map.
+        factor: that the model divides its sides by on the way.
+        time: the argument that is a number of each row, or "".
+        context: (the argument that is a sequence beside each map, its width), or ("", 0).
+    """
+
+    name: str
+    channels: int
+    factor: int
+    time: str
+    context: tuple[str, int]
+    masks: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ReadsMaps | None:
+        """By the arguments that the model's forward must be given and its config; None for other models."""
+        parameters = inspect.signature(model.forward).parameters.values()
+        needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        config: Any = getattr(model, "config", None)
+        channels = getattr(config, "in_channels", None)
+        if not needed or not isinstance(channels, int) or not hasattr(config, "block_out_channels"):
+            return None
+        width = getattr(config, "cross_attention_dim", 0)
+        return cls(
+            name=needed[0],
+            channels=channels,
+            factor=2 ** (len(config.block_out_channels) - 1),
+            time="timestep" if "timestep" in needed else "",
+            context=("encoder_hidden_states", int(width)) if "encoder_hidden_states" in needed else ("", 0),
+        )
+
+    def inputs(self, batch: int, length: int, padding: Padding = "none", *, seed: int = 0) -> dict[str, Tensor]:
+        """Keyword arguments of a forward, the same for the same arguments: sides that the model divides evenly.
+
+        Args:
+            batch: rows.
+            length: of the context, and a measure of the map's sides, which differ.
+            padding: means nothing for maps.
+            seed: of the values.
+        """
+        return self.maps(batch, self.factor * length, self.factor * (length + 1), length=length, seed=seed)
+
+    def maps(self, batch: int, height: int, width: int, *, length: int = 5, seed: int = 0) -> dict[str, Tensor]:
+        """As `inputs`, of these sides."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {self.name: torch.randn(batch, self.channels, height, width, generator=generator)}
+        if self.time:
+            inputs[self.time] = torch.randint(1, 1000, (batch,), generator=generator)
+        name, size = self.context
+        if name:
+            inputs[name] = torch.randn(batch, length, size, generator=generator)
+        return inputs
 
 
 def _image(config: Any) -> tuple[int, ...]:

@@ -25,10 +25,11 @@ from dsi.errors import ConfigError, DsiError
 from dsi.fit import class_name, submodule
 from dsi.planner import Plan
 from dsi.policy import Block, Norm, Policy
-from dsi.registry import Registry
+from dsi.registry import Registry, stands
 from dsi.testing.compare import forward
+from dsi.testing.configs import whole_class
 from dsi.testing.hostile import make_hostile_
-from dsi.testing.inputs import Padding, Reads
+from dsi.testing.inputs import Padding, Reads, ReadsMaps
 from dsi.testing.report import Failed
 from dsi.testing.world import World
 
@@ -101,8 +102,9 @@ class Subject:
     Args:
         policy: a policy, or the full name of a registered one.
         tiny_config: gives a small config of the architecture, a new one each time.
-        model_class: the transformers class to build, or its name; where left out the policy's first `models` entry,
-            else what transformers' auto classes give for the config.
+        model_class: the class to build, or its name; where left out the policy's first `models` entry, else what
+            transformers' auto classes give for the config, or of a config that is a dict, as models of diffusers take
+            it, the first such class that the policy's blocks name in `inside`.
         module: the plugin's module, where it cannot be found by the policy.
         tolerances: see `Tolerances`.
         registry: the plugins; as installed, where left out.
@@ -145,6 +147,8 @@ class Subject:
             given = self.policy.models[0].model
         if isinstance(given, type):
             return given
+        if given is None and isinstance(self.config, Mapping):
+            return whole_class(self.policy)
         if given is None:
             return _auto_class(self.config, causal=self._says_causal)
         module, _, name = given.rpartition(":")
@@ -168,14 +172,20 @@ class Subject:
         return self.tiny_config()
 
     @cached_property
-    def reads(self) -> Reads:
+    def reads(self) -> Reads | ReadsMaps:
         """What the model reads."""
-        return Reads.of(self.stock())
+        stock = self.stock()
+        return ReadsMaps.of(stock) or Reads.of(stock)
+
+    @property
+    def of_maps(self) -> bool:
+        """It reads maps, and has no outputs to record."""
+        return isinstance(self.reads, ReadsMaps)
 
     @cached_property
     def decodes(self) -> bool:
         """It is a decoder: it generates, and its layers keep a cache."""
-        return bool(self.stock().can_generate())
+        return _generates(self.stock())
 
     @property
     def plan(self) -> Plan:
@@ -309,14 +319,19 @@ class Subject:
             config._attn_implementation = attention
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = self.model_class(config).eval()
+            model: Any = self.build(config)
         make_hostile_(model, seed=seed, norms=self._norms(model))
         # as from_pretrained(dtype=) does: buffers that no checkpoint holds, such as rotary frequencies, stay fp32
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
+        if not isinstance(config, Mapping):
+            model.config.dtype = dtype
         _never_stop_(model)
         return model
+
+    def build(self, config: Any) -> Any:
+        """A model of this config in eval mode, weights as its class initializes them."""
+        return (self.model_class(**config) if isinstance(config, Mapping) else self.model_class(config)).eval()
 
     def _norms(self, model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """Every norm that the policy replaces, with its epsilon."""
@@ -333,15 +348,21 @@ class Subject:
 
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Block]]:
         """(path, layer, block) of every layer of a stock model that the policy claims."""
-        blocks = {block.layer: block for block in self.policy.blocks}
+        holders: dict[str, str] = {}
         for path, module in model.named_modules():
-            if class_name(module) in blocks:
-                yield path, module, blocks[class_name(module)]
+            parent = path.rpartition(".")[0]
+            holder = holders.get(parent, "")
+            for block in self.policy.blocks:
+                if stands(block, class_name(module), holder):
+                    yield path, module, block
+                    break
+            lists = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+            holders[path] = holder if lists else class_name(module)
 
     # --- inputs and outputs -----------------------------------------------------------------------------------
 
     def inputs(self, batch: int, length: int, padding: Padding = "none", *, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments of a forward; see `Reads.inputs`."""
+        """Keyword arguments of a forward; see `Reads.inputs` and `ReadsMaps.inputs`."""
         return dict(self.reads.inputs(batch, length, padding, seed=seed))
 
     def both(self, pair: Twins, inputs: Mapping[str, Any], **more: Any) -> tuple[Any, Any]:
@@ -367,6 +388,10 @@ def _claim(module: Any, policy: Policy) -> int:
     return 0 if any(one is policy for one in registered) else 1
 
 
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", bool)())
+
+
 def _auto_class(config: Any, *, causal: bool) -> type:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -380,7 +405,7 @@ def _auto_class(config: Any, *, causal: bool) -> type:
 
 def _never_stop_(model: Any) -> None:
     # random weights emit the end token at random; lengths must not depend on it
-    if model.can_generate():
+    if _generates(model):
         model.generation_config.eos_token_id = None
         pad = model.config.get_text_config().pad_token_id
         model.generation_config.pad_token_id = 0 if pad is None else pad

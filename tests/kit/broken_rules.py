@@ -10,7 +10,7 @@ from unittest import mock
 import attrs
 import transformers.models.llama.modeling_llama as llama
 
-import dsi.api
+import dsi.engine
 from dsi.engine import InferenceEngine
 from dsi.parallel import rules
 from dsi.parallel.linear import SummedLinear
@@ -158,4 +158,4 @@ def restores_nothing() -> Any:
 
 def applied_twice() -> Any:
     """Nobody looks whether the model is optimized already."""
-    return mock.patch.object(dsi.api, "_optimized", return_value=None)
+    return mock.patch.object(dsi.engine, "already_optimized", return_value=None)

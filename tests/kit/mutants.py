@@ -16,6 +16,7 @@ import torch
 
 from dsi.policy import Attr, Block, Call, Concat, Config, Const, Linear, Norm, Packed, Policy, Positions, Refusal
 from dsi.testing import Subject
+from tests.kit import broken_maps as maps
 from tests.kit import broken_rules as rules
 from tests.kit.subjects import SUBJECTS
 
@@ -98,6 +99,34 @@ def in_ops(name: str) -> Callable[[Policy], Policy]:
 
 def in_layer(name: str) -> Callable[[Policy], Policy]:
     return with_block(container=f"tests.kit.broken_layers:{name}")
+
+
+def in_map(name: str, container: str) -> Callable[[Policy], Policy]:
+    """The block that has this container of dsi's gets a broken one."""
+
+    def change(policy: Policy) -> Policy:
+        blocks = [
+            attrs.evolve(one, container=f"tests.kit.broken_maps:{name}")
+            if one.container.endswith(f":{container}")
+            else one
+            for one in policy.blocks
+        ]
+        return attrs.evolve(policy, blocks=blocks)
+
+    return change
+
+
+def with_map_slots(container: str, **slots: Any) -> Callable[[Policy], Policy]:
+    """Other slots of the block that has this container."""
+
+    def change(policy: Policy) -> Policy:
+        blocks = [
+            attrs.evolve(one, slots={**one.slots, **slots}) if one.container.endswith(f":{container}") else one
+            for one in policy.blocks
+        ]
+        return attrs.evolve(policy, blocks=blocks)
+
+    return change
 
 
 def refuses(config: Any) -> Refusal:
@@ -345,6 +374,54 @@ MANNERS = (
     _layer("ReadsBack", "a value read back within a call", "cuda_graph_replay", alone=True, needs="cuda"),
 )
 
+# --- layers of maps ---------------------------------------------------------------------------------------------------
+
+
+def _map(
+    name: str, what: str, *by: str, container: str = "ResnetBlock", alone: bool = False, needs: str = ""
+) -> Mutant:
+    change = in_map(name, container)
+    return Mutant(name=what, by=by or _NUMBERS, alone=alone, family="unet", change=change, needs=needs)
+
+
+def _map_slots(what: str, container: str, **slots: Any) -> Mutant:
+    return Mutant(name=what, by=_NUMBERS, family="unet", change=with_map_slots(container, **slots))
+
+
+MAPS = (
+    _map("NoSilu", "no SiLU behind a group norm"),
+    _map("OneGroup", "one group of all channels"),
+    _map("OneGroupOfANorm", "one group of all channels in a norm by itself", container="MapNorm"),
+    _map("GateAndValueSwapped", "gate and value swapped", container="CrossTransformerBlock"),
+    _map("ResidualLost", "a map's residual lost"),
+    _map("TimeLost", "the time lost", "numerics_fp32", "denoising_steps"),
+    _map("TimeOfFirstRow", "one row's time for all", "numerics_fp32", "batch_of_one"),
+    _map("ContextNotSeen", "the context not handed on", "numerics_fp32", container="SpatialTransformer"),
+    _map_slots(
+        "keys and values of the context swapped",
+        "CrossTransformerBlock",
+        cross_kv=Concat("attn2.to_v", "attn2.to_k", shared="context"),
+    ),
+    _map_slots("norms of a map swapped", "CrossTransformerBlock", norm_self=Norm("norm2"), norm_cross=Norm("norm1")),
+    _map("SizeNotSeen", "a wanted size ignored", "map_sizes", container="Upsample", alone=True),
+    _map("TakesMemoryAsItLies", "a layout assumed", "map_layouts", container="MapConv", alone=True),
+    Mutant(
+        name="what was kept of a context that was written anew",
+        by=("denoising_steps",),
+        alone=True,
+        family="unet",
+        around=maps.versions_not_seen,
+    ),
+    _map("AlwaysStockMap", "the fused path of a map never runs", "plan_is_true"),
+    _map("OtherConvForm", "a convolution held in another form than planned", "plan_is_true"),
+    _map("MapNameLost", "a convolution's name lost", "state_dict_round_trip", "save_pretrained_round_trip"),
+    _map("ChannelsLastSaved", "a convolution saved as it is held", "state_dict_round_trip"),
+    _map("LastBitsLost", "last bits of a convolution lost", "state_dict_round_trip", "restore"),
+    _map("MarksTheMapsOriginal", "restore leaves an attribute on a layer of maps", "restore"),
+    _map("SecondMapCopy", "second copy of a convolution kept", "no_second_copy"),
+    _map("ReadsMapBack", "a value of a map read back within a call", "cuda_graph_replay", needs="cuda"),
+)
+
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 
@@ -377,4 +454,4 @@ RANKS = (
     _layer("WrongAmongProcesses", "wrong among processes alone", "tp_processes", alone=True),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*MAPPING, *WORDS, *NUMBERS, *MASKS, *CACHES, *MANNERS, *RANKS)
+MUTANTS: tuple[Mutant, ...] = (*MAPPING, *WORDS, *NUMBERS, *MASKS, *CACHES, *MANNERS, *MAPS, *RANKS)

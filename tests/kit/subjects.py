@@ -12,6 +12,7 @@ from dsi_policies.bert import BERT
 from dsi_policies.gpt2 import GPT2
 from dsi_policies.llama import LLAMA
 from dsi_policies.opt import OPT
+from dsi_policies.unet import UNET
 from tests.support.models import tiny_config
 
 MISTRAL_MODULE = "transformers.models.mistral.modeling_mistral:"
@@ -63,11 +64,38 @@ def mistral_config() -> Any:
     )
 
 
+def unet_settings() -> dict[str, Any]:
+    """Two levels, one with attention, a context of a width of its own."""
+    return {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+
+
+def vae_settings() -> dict[str, Any]:
+    """Two levels, and attention in the middle."""
+    return {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+
+
 SUBJECTS: dict[str, tuple[Any, Any]] = {
     "llama": (lambda: LLAMA, llama_config),
     "mistral": (mistral, mistral_config),
     "gpt2": (lambda: GPT2, lambda: tiny_config("gpt2", n_head=8)),
     "opt": (lambda: OPT, lambda: tiny_config("opt", num_attention_heads=8)),
+    "unet": (lambda: UNET, unet_settings),
     "bert": (lambda: BERT, lambda: tiny_config("bert", num_attention_heads=8)),
 }
 """Name -> (the whole policy, its config)."""

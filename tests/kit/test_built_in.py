@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsi.testing import PolicyConformance
+from tests.kit.subjects import unet_settings, vae_settings
 from tests.support.models import FAMILIES, tiny_config
 
 
@@ -67,3 +68,17 @@ class TestCLIP(_BuiltIn):
 
 class TestCLIPVision(_BuiltIn):
     family = "clip_vision"
+
+
+class TestUNet(PolicyConformance):
+    policy = "unet:unet"
+
+    def tiny_config(self):
+        return unet_settings()
+
+
+class TestVAE(PolicyConformance):
+    policy = "vae:vae"
+
+    def tiny_config(self):
+        return vae_settings()

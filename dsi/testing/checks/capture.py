@@ -9,9 +9,13 @@ from dsi.testing.compare import check_same, distance, forward, tensors
 from dsi.testing.report import Failed, Outcome, absent, passed
 from dsi.testing.subject import Subject
 
+_NOTHING = "models of maps record nothing"
+
 
 def hidden_states(subject: Subject) -> Outcome:
     """`output_hidden_states=True`: all of them, of every layer, also where they were asked for before the injection."""
+    if subject.of_maps:
+        return absent(_NOTHING)
     inputs, worst = subject.inputs(2, 6), 0.0
     early = subject.fresh()
     # transformers puts its recorders on the layers at the first request, and never again
@@ -38,6 +42,8 @@ def attentions(subject: Subject) -> Outcome:
 
     The calls after them are fused again.
     """
+    if subject.of_maps:
+        return absent(_NOTHING)
     try:
         pair, inputs = subject.twins(attention="eager"), subject.inputs(2, 6, "ragged")
     except Failed:

@@ -79,8 +79,8 @@ _CHUNKS = "several queries over a filled cache attend to all of it and to each o
 
 def sliding_window(subject: Subject) -> Outcome:
     """Texts longer than the window: one forward, token by token, and greedy search."""
-    window = getattr(subject.config.get_text_config(), "sliding_window", None)
-    if not subject.decodes or not isinstance(window, int):
+    window = getattr(subject.config.get_text_config(), "sliding_window", None) if subject.decodes else None
+    if not isinstance(window, int):
         return absent("the config has no sliding window")
     pair, length = subject.twins(), window + 7
     inputs = subject.inputs(2, length, seed=2)

@@ -6,6 +6,7 @@ import copy
 
 # nothing but what this module has written itself is read back
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,8 @@ def restore(subject: Subject) -> Outcome:
     before = _state(model)
     engine = subject.inject(model)
     forward(model, subject.inputs(2, 6))
-    forward(model, subject.inputs(2, 6), output_hidden_states=True)
+    if not subject.of_maps:
+        forward(model, subject.inputs(2, 6), output_hidden_states=True)
     engine.restore()
     after = _state(model)
     different = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
@@ -64,7 +66,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
             found[f"{path}.{name}"] = len(hooks)
     config = getattr(model, "config", None)
     if config is not None:
-        found["config"] = config.to_json_string()
+        found["config"] = str(dict(config)) if isinstance(config, Mapping) else config.to_json_string()
     return found
 
 

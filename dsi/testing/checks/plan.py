@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsi.containers.conv import FusedConv
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import NormOp
 from dsi.fit import class_name
@@ -58,9 +59,12 @@ def _uncounted(layer: nn.Module, block: Block) -> Iterator[str]:
     modules = dict(layer.named_modules())
     for path in (*(path for slot in block.slots.values() for path in slot.sources()), *block.ignore):
         if path not in modules:
-            yield f"{path} is no module of the layer"
+            # a place that is empty in this layer
+            if getattr(layer, path, layer) is not None:
+                yield f"{path} is no module of the layer"
             continue
-        readers.update(f"{path}.{name}" for name, _ in modules[path].named_parameters(remove_duplicate=False))
+        prefix = f"{path}." if path else ""
+        readers.update(f"{prefix}{name}" for name, _ in modules[path].named_parameters(remove_duplicate=False))
     for name, _ in layer.named_parameters(remove_duplicate=False):
         if readers[name] != 1:
             yield f"{name} is read {readers[name]} times"
@@ -170,6 +174,10 @@ def _untrue_slot(module: nn.Module | None, slot: SlotPlan) -> Iterator[str]:
             yield f"{slot.place} is {shape} {form}, not {slot.shape} {slot.form}"
         if tuple(one.path for one in module.sources) != slot.sources:
             yield f"{slot.place} comes from {[one.path for one in module.sources]}, not {list(slot.sources)}"
+    elif isinstance(module, FusedConv):
+        found, planned = (module.shape, module.form, (module.path,)), (tuple(slot.shape), slot.form, slot.sources)
+        if found != planned:
+            yield f"{slot.place} is {found}, not {planned}"
     elif isinstance(module, NormOp) and slot.form != "shared":
         yield f"{slot.place} is a norm, not {slot.form}"
 
