@@ -194,7 +194,9 @@ def test_a_mask_of_pixels_is_no_padding():
     mask[:, 32:] = 0
     for seed in range(3):
         pair.check(latents(seed=seed), torch.tensor(3), texts(), attention_mask=mask, graph=seed > 0)
-        assert not pair.route.packed
+    # so nobody tries what becomes of the layers without it
+    assert not pair.pool.unpadded._stops
+    assert not pair.pool.unpadded._maskless
 
 
 # --- products of what comes back --------------------------------------------------------------------------------------
@@ -324,8 +326,10 @@ def test_a_switch_is_seen_by_graphs_of_other_structures(pair):
     for model in (pair.stock, pair.ours):
         free_u(model)
     pair.check(latents(side=12), torch.tensor(3), texts(), graph=False)
-    for _ in range(2):
-        pair.check(*given, graph=None)
+    # the stand-in for a graph would do as it is told now, a graph would not
+    assert not len(pair.pool)
+    for turn in range(2):
+        pair.check(*given, graph=turn > 0)
 
 
 # --- the other components ---------------------------------------------------------------------------------------------
