@@ -29,6 +29,14 @@ FORMS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + TEXT,
     },
+    # residual blocks that change the size, divide their sums, and get an activated time
+    "resnets": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_scale_factor": 2.0,
+        "time_embedding_act_fn": "silu",
+        "resnet_skip_time_act": True,
+    },
 }
 
 
