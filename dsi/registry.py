@@ -202,16 +202,17 @@ def _build(outcomes: Iterable[Outcome], *, strict: bool) -> Registry:
 
 def _contests(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, str]]:
     """By plugin: with whom it would tie over a layer class, and what settles that; dsi's own are not to blame."""
-    claims: dict[str, list[tuple[Record, str, Policy]]] = {}
+    claims: dict[str, list[tuple[Record, str, Policy, Block]]] = {}
     for layer, claim in _claims(outcomes):
         claims.setdefault(layer, []).append(claim)
     found = {}
     for layer, ones in claims.items():
-        for record, name, policy in ones:
+        for record, name, policy, block in ones:
             rivals = [
                 rival
-                for other, rival, against in ones
+                for other, rival, against, theirs in ones
                 if other.name != record.name
+                and _overlap(block, theirs)
                 and not (rival in policy.replaces or name in against.replaces or policy.priority != against.priority)
             ]
             if rivals and record.distribution != BUILT_IN:
@@ -220,11 +221,16 @@ def _contests(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _claims(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, tuple[Record, str, Policy]]]:
+def _overlap(one: Block, other: Block) -> bool:
+    """Whether two blocks of one layer class may claim one layer."""
+    return not one.inside or not other.inside or bool({*one.inside} & {*other.inside})
+
+
+def _claims(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, tuple[Record, str, Policy, Block]]]:
     for outcome in outcomes:
         for full_name, policy in outcome.shelves["policies"].items():
             if isinstance(policy, Policy):
-                yield from ((block.layer, (outcome.record, full_name, policy)) for block in policy.blocks)
+                yield from ((block.layer, (outcome.record, full_name, policy, block)) for block in policy.blocks)
 
 
 def _raise_first(outcomes: Iterable[Outcome]) -> None:

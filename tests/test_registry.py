@@ -856,3 +856,31 @@ def test_facts_and_slots_are_in_the_digest():
         digest(facts={"h": Const(Check(name="n", impl="i"))}),
     }
     assert len(found) == 8
+
+
+# --- classes that belong to no architecture ---------------------------------------------------------------------------
+
+
+def held_by(*holders):
+    return Policy(name="main", blocks=[Block(layer=LAYER, container="c:C", slots={}, inside=holders)])
+
+
+def test_blocks_of_one_class_in_different_holders_never_meet():
+    ones = {"acme": held_by("a:A"), "bold": held_by("b:B"), "cool": held_by("b:B", "c:C")}
+    registry = Registry.from_plugins({name: plugin(one) for name, one in ones.items()})
+    assert [name for name, *_ in registry.blocks_for(LAYER, "a:A")] == ["acme:main"]
+    assert [name for name, *_ in registry.blocks_for(LAYER, "b:B")] == ["bold:main", "cool:main"]
+    assert registry.blocks_for(LAYER, "d:D") == []
+    assert len(registry.blocks_for(LAYER)) == 3
+    assert registry.choose(LAYER, None, holder="a:A").full_name == "acme:main"
+    with pytest.raises(AmbiguousPolicyError, match="bold:main"):
+        registry.choose(LAYER, None, holder="b:B")
+    # only those that may meet are warned of each other
+    assert {record.name: bool(record.why) for record in registry.records} == {"acme": False, "bold": True, "cool": True}
+
+
+def test_a_given_policy_heeds_its_holders_too():
+    registry = Registry.from_plugins({})
+    given = held_by("a:A")
+    assert registry.choose(LAYER, None, given, holder="a:A").policy is given
+    assert registry.choose(LAYER, None, given, holder="b:B").policy is None
