@@ -16,8 +16,8 @@ from dsi_kernels.add_map import channel_block, check_map
 from dsi_kernels.operands import check_devices, check_dtypes, check_rows_contiguous, shapes
 from dsi_kernels.tuned import device_facts, launch_config
 
-# parts that a program merges at a time, and the most that one of two launches does
-MERGED, MERGED_AT_MOST = 4096, 4096
+# parts that a program merges at a time, and the most that one of two launches does: as many bytes as it shows
+MERGED, MERGED_AT_MOST = 4096, 1024
 
 
 class Work(NamedTuple):
