@@ -31,15 +31,16 @@ class Pipeline(Protocol):
     def components(self) -> dict[str, Any]:
         """Modules, and what else it is made of, by name."""
 
-    def register_modules(self, **kwargs: Any) -> None:
-        """Take other components."""
+
+# what takes other components: of pipelines, and of modular ones
+_TAKES = ("register_modules", "register_components")
 
 
 def is_pipeline(thing: Any) -> bool:
     """Whether it is no module and has components, as pipelines of diffusers have them."""
     if isinstance(thing, nn.Module | type):
         return False
-    return hasattr(type(thing), "components") and callable(getattr(thing, "register_modules", None))
+    return hasattr(type(thing), "components") and any(callable(getattr(thing, name, None)) for name in _TAKES)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -187,6 +188,10 @@ def _component(name: str, module: nn.Module, settings: InferenceConfig, registry
     return ComponentPlan(**about, plan=made if changed else None, reason=made.why_nothing, left=made.left)
 
 
+# where torch.compile keeps the module that it was given
+_INNER = "_orig_mod"
+
+
 # --- what stands in the way -------------------------------------------------------------------------------------------
 
 
@@ -210,7 +215,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _module_refusals(name: str, root: nn.Module) -> Iterator[str]:
-    checks: tuple[Callable[[nn.Module], str], ...] = (_hooked, _adapted)
+    checks: tuple[Callable[[nn.Module], str], ...] = (_hooked, _adapted, _compiled)
     for check in checks:
         for path, module in root.named_modules():
             if found := check(module):
@@ -231,6 +236,10 @@ def _adapted(module: nn.Module) -> str:
     if type(module).__module__.partition(".")[0] == "peft" or module.__dict__.get("_hf_peft_config_loaded"):
         return "carries adapters of peft; fuse them (pipe.fuse_lora()) and call pipe.unload_lora_weights() first"
     return ""
+
+
+def _compiled(module: nn.Module) -> str:
+    return "is compiled; optimize the pipeline as it was before, and compile then" if _INNER in module._modules else ""
 
 
 def _complain(made: PipelinePlan, settings: InferenceConfig) -> None:

@@ -144,6 +144,10 @@ def adapted(pipe: Any) -> None:
     layer.__class__ = type("LoraLayer", (type(layer),), {"__module__": "peft.tuners.lora"})
 
 
+def compiled(pipe: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet)
+
+
 def grouped(pipe: Any) -> None:
     pipe.unet.__dict__["_diffusers_hook"] = SimpleNamespace(hooks={"group_offloading": object()})
 
@@ -156,6 +160,7 @@ def grouped(pipe: Any) -> None:
         (mapped, "the components are mapped to devices"),
         (on_several_devices, r"on different devices \(vae on meta, text_encoder on cpu\)"),
         (adapted, r"unet\.mid_block\.resnets\.0 carries adapters of peft"),
+        (compiled, "unet is compiled; optimize the pipeline as it was before"),
         (grouped, r"unet carries hooks of diffusers \(group_offloading\)"),
     ],
 )
@@ -255,8 +260,9 @@ def test_strict_names_the_component():
     dsi.init_inference(pipe, strict=True)
 
 
-def test_nothing_that_a_policy_knows():
-    pipe = Other()
+@pytest.mark.parametrize("kind", ["register_modules", "register_components"])
+def test_nothing_that_a_policy_knows(kind):
+    pipe = type("Pipe", (Other,), {kind: lambda self: None})()
     with pytest.warns(UserWarning, match="dsi replaced nothing: words: no_policy") as caught:
         engine = dsi.init_inference(pipe)
     assert caught[0].filename == __file__
@@ -272,8 +278,6 @@ class Other:
         self.components = {"words": Words().eval(), "scheduler": object(), "nothing": None}
 
     components: dict[str, Any] = {}  # noqa: RUF012 - the instance's hides it
-
-    def register_modules(self, **parts: Any) -> None: ...
 
 
 def test_graphs_that_are_required_need_cuda():
