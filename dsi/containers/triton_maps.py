@@ -64,6 +64,13 @@ class TritonMapOps(AtenOps):
             residual = dsi_kernels.add_map(residual, bias, out=residual)
         return dsi_kernels.add_map(y, conv.bias, residual, divisor, out=y)
 
+    def upsample_conv(self, conv: Any, x: Tensor, size: Any = None) -> Tensor:
+        if size is not None or torch_wins(x) or not _takes(x, None):
+            return super().upsample_conv(conv, x, size)
+        import dsi_kernels
+
+        return self.conv(conv, dsi_kernels.upsample_map(x))
+
     def geglu(self, linear: Any, x: Tensor) -> Tensor:
         if torch_wins(x):
             return super().geglu(linear, x)

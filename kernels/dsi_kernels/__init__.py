@@ -28,6 +28,7 @@ from dsi_kernels.sample_token import sample_token, sample_token_reference, sampl
 from dsi_kernels.skinny import skinny, skinny_reference
 from dsi_kernels.step_attention import step_attention, step_attention_reference
 from dsi_kernels.summed_map import summed_map, summed_map_reference
+from dsi_kernels.upsample_map import upsample_map, upsample_map_reference
 from dsi_kernels.varlen_attention import varlen_attention, varlen_attention_reference
 from dsi_kernels.wide_attention import wide_attention, wide_attention_reference
 
@@ -82,6 +83,8 @@ __all__ = [
     "step_attention_reference",
     "summed_map",
     "summed_map_reference",
+    "upsample_map",
+    "upsample_map_reference",
     "varlen_attention",
     "varlen_attention_reference",
     "wide_attention",

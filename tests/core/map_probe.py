@@ -19,7 +19,7 @@ import dsi.containers.stand_in
 import dsi.planner
 import dsi_kernels
 
-OPS = ("add_map", "geglu", "group_norm", "summed_map")
+OPS = ("add_map", "geglu", "group_norm", "summed_map", "upsample_map")
 
 
 def tiny(cls: Any, **config: Any) -> nn.Module:

@@ -38,7 +38,7 @@ def test_computes_what_stock_computes(probed, model):
 @pytest.mark.parametrize("model", ["unet", "vae"])
 def test_the_kernels_really_ran(probed, model):
     launches = probed[model]["launches"]
-    assert {"add_map", "group_norm", "summed_map"} <= set(launches)
+    assert {"add_map", "group_norm", "summed_map", "upsample_map"} <= set(launches)
     assert ("geglu" in launches) == (model == "unet")
 
 

@@ -22,7 +22,7 @@ def test_all_is_sorted_and_there():
 
 
 def test_every_op_has_a_reference():
-    assert len(OPS) == 24
+    assert len(OPS) == 25
     assert {f"{op}_reference" for op in OPS} <= set(dsi_kernels.__all__)
 
 
@@ -75,7 +75,7 @@ calls = {
     "matvec": (x[:1], x), "skinny": (x.half(), x.half()),
     "greedy_token": (x[:1], ids, ids.clone(), ids.clone(), torch.zeros(3, dtype=torch.int64)),
     "group_norm": (x[..., None], None, None, 2), "add_map": (x[..., None], w), "geglu": (x,),
-    "summed_map": (x[..., None], 2, w),
+    "summed_map": (x[..., None], 2, w), "upsample_map": (x[:, :, None, None],),
     "wide_attention": (q, q, q),
     "rope_kv_write": (qkv, None, None, cache, cache.clone(), 0, 1, 1, 8), "decode_attention": (q, cache, cache, 1),
     "step_attention": (qkv[0], cache, cache.clone(), 1, 1, 1),
