@@ -3,13 +3,13 @@
     python benchmarks/gpu.py --table decode [--out FILE.json] [--quick] [--only NAME ...] [--budget SECONDS]
 
 Tables: ready, encoders, families, decode, prefill, sampling and context, ten minutes together, and diffusion, which
-wants diffusers and takes four minutes with its rivals, one without. Several are written into the folder `--out`, a file
-each, in which the cases that are not run stay what they were. Cases run in the order of `--only`, else model by model,
-so that each model is made once. Models have real sizes and random weights; every contender is timed in turns with the
-others, and the medians are compared. The floor of a token is the time in which its weights and cached positions are
-read at the bandwidth of a large copy, measured in the same run. A case is refused where our error against a float32
-reference is above 1.2 times stock's own. The JSON is written after each case: a run that is cut short, by `--budget` or
-by SIGTERM, keeps what it had and names what it had no time for.
+wants diffusers. Several are written into the folder `--out`, a file each, in which the cases that are not run stay what
+they were. Cases run in the order of `--only`, else model by model, so that each model is made once. Models have real
+sizes and random weights; every contender is timed in turns with the others, and the medians are compared. The floor of
+a token is the time in which its weights and cached positions are read at the bandwidth of a large copy, measured in the
+same run. A case is refused where our error against a float32 reference is above 1.2 times stock's own. The JSON is
+written after each case: a run that is cut short, by `--budget` or by SIGTERM, keeps what it had and names what it had
+no time for.
 """
 
 from __future__ import annotations
