@@ -84,7 +84,7 @@ def choose_ours() -> None:
     sys.modules["dsi_kernels.linear_fused"].linear_config = lambda *_: linear | {"choice": 2}  # type: ignore[attr-defined]
     sys.modules["dsi_kernels.attention"].attention_config = lambda *_, **__: whole | {"choice": 2}  # type: ignore[attr-defined]
     # as weights are held on a GPU
-    dsi.containers.linear.choose_form = lambda *_: "aten"
+    dsi.containers.linear.choose_form = lambda *_, **__: "aten"
     dsi.containers.transformer.CHUNK = FEW
 
 
