@@ -145,6 +145,8 @@ class PackedTable:
     def pack_(self, held: Packed, modules: list[nn.Module]) -> None:
         """Hold the stock parameter's values packed alone, for modules that have it; by assignments."""
         empty = parked(self.stock)
+        # who freezes a model asks its parameters, and finds this one
+        held.weight.requires_grad_(self.stock.requires_grad)
         self.held, self.members, self._copy = held, modules, None
         for module in modules:
             _join(module, self, held)
@@ -160,12 +162,13 @@ class PackedTable:
             return
         packed = self.held.weight
         if self.stock.numel() != packed.numel():
-            self.stock.data = packed.to_dense()
-        sharing = self.sharing()
+            self.stock.data = packed.detach().to_dense()
+        self.stock.requires_grad_(packed.requires_grad)
+        # in this order another thread's forward finds what its class computes with at any moment
+        for module in self.sharing():
+            module._parameters["weight"] = self.stock
         for module in self.members:
             _leave(module, self)
-        for module in sharing:
-            module._parameters["weight"] = self.stock
         self.held, self.members = None, []
 
     def dense(self) -> Tensor:
@@ -173,21 +176,25 @@ class PackedTable:
         copy = None if self._copy is None else self._copy()
         if copy is not None and copy._version == 0:
             return copy
-        assert self.held is not None
+        held = self.held
+        if held is None:
+            return self.stock.data
         with torch.inference_mode(False), torch.no_grad():
-            copy = self.held.weight.to_dense()
+            copy = held.weight.to_dense()
         self._copy = weakref.ref(copy)
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
         """Plain, and without the modules, which come back by themselves."""
         dense = self.stock.data if self.held is None else self.dense()
-        return {"dense": dense, "requires_grad": self.stock.requires_grad}
+        own = self.stock if self.held is None else self.held.weight
+        return {"dense": dense, "requires_grad": own.requires_grad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(nn.Parameter(state["dense"], requires_grad=state["requires_grad"]))  # type: ignore[misc]
         self.held = Packed.of(self.stock.data)
         if self.held is not None:
+            self.held.weight.requires_grad_(self.stock.requires_grad)
             self.stock.data = parked(self.stock)
 
 
@@ -202,8 +209,11 @@ class _Member(nn.Module):
     @property
     def weight(self) -> Any:
         """The stock parameter: from here on both modules are stock's."""
-        own: Any = self._parameters["weight"]
-        if self.table.held is None or own is not self.table.held.weight:
+        own: Any = self._parameters.get("weight", self)
+        if own is self:
+            # torch's own words follow
+            raise AttributeError("weight")
+        if self.held is None:
             return own
         logger.warning("the weight of a %s was asked for: it is held plain from now on", self._get_name())
         with torch.inference_mode(False), torch.no_grad():
@@ -213,13 +223,19 @@ class _Member(nn.Module):
     @property
     def held(self) -> Packed | None:
         """The packed weight; None where this module has been given another one."""
-        held: Packed | None = self.__dict__["table"].held
-        return held if held is not None and self._parameters["weight"] is held.weight else None
+        table: PackedTable | None = self.__dict__.get("table")
+        held = None if table is None else table.held
+        return held if held is not None and self._parameters.get("weight") is held.weight else None
 
     def _plain(self) -> Tensor:
         """The weight as stock's computation takes it."""
-        own: Any = self._parameters["weight"]
-        return own if self.held is None else self.table.dense()
+        table, own = self.__dict__.get("table"), self._parameters["weight"]
+        if table is not None and self.held is not None:
+            plain: Tensor = table.dense()
+            return plain
+        assert own is not None
+        # another tensor with the packed bytes, as torch.func.functional_call puts in the parameter's place
+        return own.to_dense() if own.is_mkldnn else own
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -266,7 +282,7 @@ class PackedEmbedding(_Member, nn.Embedding):  # type: ignore[override]
         held = self.held
         if held is None or input.dtype not in (torch.int64, torch.int32) or not input.numel() or not input.is_cpu:
             return F.embedding(input, self._plain(), self.padding_idx)
-        return _without_gradients(held.rows(input), self.table.stock)
+        return _without_gradients(held.rows(input), held.weight)
 
 
 class PackedHead(_Member, nn.Linear):  # type: ignore[override]
@@ -282,7 +298,7 @@ class PackedHead(_Member, nn.Linear):  # type: ignore[override]
             return _product(input, held.weight, bias)
         with torch.no_grad():
             logits = _product(input, held.weight, bias)
-        return _without_gradients(logits, input, self.table.stock)
+        return _without_gradients(logits, input, held.weight)
 
 
 def _usual(x: Tensor) -> bool:
@@ -305,8 +321,8 @@ _CLASSES: dict[type, type[_Member]] = {nn.Embedding: PackedEmbedding, nn.Linear:
 
 def _join(module: Any, table: PackedTable, held: Packed) -> None:
     module.__dict__["table"] = table
-    module._parameters["weight"] = held.weight
     module.__class__ = _CLASSES[type(module)]
+    module._parameters["weight"] = held.weight
 
 
 def _leave(module: Any, table: PackedTable) -> None:

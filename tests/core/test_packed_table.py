@@ -139,6 +139,20 @@ def test_no_gradients_come_of_it(pair):
             output.sum().backward()
 
 
+def test_who_freezes_the_model_freezes_it(pair):
+    stock, engine = pair
+    ids, name = ids_of(1, 5), "transformer.wte.weight"
+    for wanted in (True, False):
+        for model in (stock, engine.module):
+            model.requires_grad_(wanted)
+        for model in (stock, engine.module, copy.deepcopy(engine.module)):
+            assert dict(model.named_parameters())[name].requires_grad is wanted
+            assert model(ids).logits.requires_grad is wanted
+        assert is_packed(engine.module)
+    engine.restore()
+    assert not engine.module.lm_head.weight.requires_grad
+
+
 def test_the_weight_is_there_once():
     model = model_of()
     table, before = model.lm_head.weight.nbytes, held()
@@ -374,6 +388,46 @@ def test_who_asks_for_the_weight_gets_the_parameter(pair, caplog):
     engine.restore()
     assert model.lm_head.weight is weight
     assert bool((weight[3] == 7).all())
+
+
+@pytest.mark.parametrize("name", ["transformer.wte", "lm_head"])
+def test_another_thread_may_ask_for_the_weight_meanwhile(pair, name, monkeypatch):
+    stock, engine = pair
+    rows, product, module = Packed.rows, packed_table._product, engine.module.get_submodule(name)
+
+    def asked(compute):
+        def computed(*given):
+            assert engine.module.lm_head.weight is engine.module.transformer.wte.weight
+            return compute(*given)
+
+        return computed
+
+    monkeypatch.setattr(Packed, "rows", asked(rows))
+    monkeypatch.setattr(packed_table, "_product", asked(product))
+    given = ids_of(1, 5) if name == "transformer.wte" else torch.randn(2, 768).bfloat16()
+    found = module(given)
+    assert type(module) in (nn.Embedding, nn.Linear)
+    assert found.requires_grad
+    assert distance(found.detach(), stock.get_submodule(name)(given).detach()) <= 0.01
+
+
+@torch.no_grad()
+def test_a_call_with_tensors_in_the_place_of_parameters(pair):
+    _, engine = pair
+    model, ids = engine.module, ids_of(1, 5)
+    detached = {name: one.detach() for name, one in model.named_parameters()}
+    found = torch.func.functional_call(model, detached, (ids,)).logits
+    assert distance(found.float(), model(ids).logits.float()) <= 0.01
+    assert is_packed(model)
+
+
+def test_a_weight_that_is_deleted_is_missed_as_stocks(pair):
+    for model in (pair[0], pair[1].module):
+        del model.lm_head.weight
+        assert not hasattr(model.lm_head, "weight")
+        with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+            model.lm_head.weight.zero_()
+        assert model.transformer.wte(ids_of(1, 3)).shape == (1, 3, 768)
 
 
 @torch.no_grad()
