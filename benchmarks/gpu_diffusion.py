@@ -7,10 +7,9 @@ too, with tiny parts, which says that they work and nothing of speed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsi
+from dsi.testing.compare import whole_fp32
 from dsi_kernels.group_norm import group_norm, group_norm_reference
 
 Peak = Mapping[str, float]
@@ -133,17 +133,6 @@ def partial_of(forward: Forward, model: Any) -> Forward:
 
 def channels_last(part: Any) -> Any:
     return part.to(memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def whole_fp32() -> Iterator[None]:
-    """Convolutions in float32, not in TF32, which rounds as float16 does."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def synchronize(sizes: Sizes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     plain = [t.detach().to_dense() if t.is_mkldnn else t.detach() for t in (one, other)]
     return torch.equal(*(t.cpu().contiguous().view(-1).view(torch.uint8) for t in plain))
+
+
+@contextlib.contextmanager
+def whole_fp32() -> Iterator[None]:
+    """Convolutions on CUDA in fp32 as on a CPU: by torch's default they round their inputs to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()

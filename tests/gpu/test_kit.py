@@ -21,6 +21,13 @@ def test_a_built_in_policy(name):
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("name", ["unet:unet", "vae:vae"])
+def test_a_policy_of_maps(name):
+    policy = Registry.load().policies[name]
+    report = conformance(name, lambda: tiny_config(policy), only=(*CHECKS, "denoising_steps"), require="all")
+    assert report.ok, str(report)
+
+
 @pytest.mark.parametrize("mutant", [one for one in MUTANTS if one.needs == "cuda"], ids=lambda one: one.name)
 def test_a_mutant_dies(mutant):
     assert list(judge(mutant, only=CHECKS).faults) == []

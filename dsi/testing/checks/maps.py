@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsi.testing.compare import check_same, forward, same_bits
+from dsi.testing.compare import check_same, forward, same_bits, whole_fp32
 from dsi.testing.inputs import ReadsMaps
 from dsi.testing.report import Failed, Outcome, absent, passed
 from dsi.testing.subject import Subject
@@ -117,7 +117,8 @@ def _check_steps(subject: Subject, reads: ReadsMaps, device: str, allowed: float
     # each injected where it runs
     stock, model = (subject.fresh().to(device) for _ in range(2))
     subject.inject(model)
-    wanted, found = (list(_loop(one, subject, reads, device)) for one in (stock, model))
+    with whole_fp32():
+        wanted, found = (list(_loop(one, subject, reads, device)) for one in (stock, model))
     mend = "what is kept of a context is kept for that tensor in that version, and made anew for another"
     return max(
         check_same(one, other, allowed, what=f"latents behind {what} on {device}", mend=mend)
@@ -135,16 +136,11 @@ def _loop(model: Any, subject: Subject, reads: ReadsMaps, device: str) -> Iterat
         # as a caller does that prepares its texts in one tensor, and one that has another prompt
         changes[2] = "a context written anew", lambda: inputs[name].copy_(other[name])
         changes[4] = "another context", lambda: inputs.update({name: copy.deepcopy(other[name]).mul_(-1.0)})
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for step in range(STEPS):
-            what, change = changes.get(step, ("", lambda: None))
-            change()
-            inputs[reads.time] = torch.full_like(inputs[reads.time], 900 - 150 * step)
-            with torch.no_grad():
-                noise = model(**inputs)[0]
-            inputs[reads.name] = inputs[reads.name] - 0.2 * noise
-            yield f"step {step + 1}{what and ', ' + what}", inputs[reads.name].clone()
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    for step in range(STEPS):
+        what, change = changes.get(step, ("", lambda: None))
+        change()
+        inputs[reads.time] = torch.full_like(inputs[reads.time], 900 - 150 * step)
+        with torch.no_grad():
+            noise = model(**inputs)[0]
+        inputs[reads.name] = inputs[reads.name] - 0.2 * noise
+        yield f"step {step + 1}{what and ', ' + what}", inputs[reads.name].clone()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dsi.runtime.capture import end_failed_capture
-from dsi.testing.compare import check_same, forward, tensors
+from dsi.testing.compare import check_same, forward, tensors, whole_fp32
 from dsi.testing.report import Failed, Outcome, not_run, passed
 from dsi.testing.subject import Subject, containers
 
@@ -60,8 +60,8 @@ def device_moves(subject: Subject) -> Outcome:
     stray = [name for name, tensor in model.state_dict().items() if tensor.device.type != "cuda"]
     if stray:
         raise Failed("after .to('cuda')", measured=", ".join(stray[:3]), allowed="all on cuda", mend=_CAST)
-    there = forward(model, {name: value.cuda() for name, value in inputs.items()})
-    stock = forward(copy.deepcopy(pair.stock).cuda(), {name: value.cuda() for name, value in inputs.items()})
+    with whole_fp32():
+        there, stock = (forward(one, _on_cuda(inputs)) for one in (model, copy.deepcopy(pair.stock).cuda()))
     worst = check_same(there, stock, _CUDA_FP32, what="a forward on CUDA", mend=_CAST)
     check_same(forward(model.to("cpu"), inputs), wanted, 0.0, what="a forward back on the CPU", mend=_CAST)
     return passed("a move to CUDA and back equals stock", measured=worst, allowed=_CUDA_FP32)
