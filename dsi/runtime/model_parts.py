@@ -77,8 +77,8 @@ class ModelParts:
 class Choices:
     """Plain attributes by which the stock code around and behind containers decides what it computes.
 
-    Watched where containers say that there are such: processors of attentions, sizes of chunks, switches that a user
-    may set. A replayed graph would not ask them.
+    Watched where containers say that there are such: processors of attentions, sizes of chunks, scales of adapters,
+    switches that a user may set. A replayed graph would not ask them.
 
     Args:
         model: the model.
@@ -96,12 +96,15 @@ class Choices:
 
     def _take(self) -> None:
         self._sizes = list(map(len, self._own))
-        pairs = zip(self._own, self._names, strict=True)
+        pairs = list(zip(self._own, self._names, strict=True))
         # of two names, an itemgetter gives a tuple
         self._reads: list[Callable[[], tuple[Any, ...]]] = [
             partial(operator.itemgetter("training", "training", *names), own) for own, names in pairs
         ]
         self._known = self._values()
+        # tables and lists, which may be written to: of submodules too, where no tree of modules has them
+        found = [own[name] for own, names in pairs for name in (*names, "_modules")]
+        self._written = [(value, _entries(value)) for value in found if type(value) in (list, dict)]
 
     def _values(self) -> list[Any]:
         return list(chain.from_iterable([read() for read in self._reads]))
@@ -110,10 +113,11 @@ class Choices:
         """What is another than it was, or ""."""
         if list(map(len, self._own)) == self._sizes:
             try:
-                if all(map(operator.is_, self._values(), self._known)):
-                    return ""
+                same = all(map(operator.is_, self._values(), self._known))
             except KeyError:
-                pass
+                same = False
+            if same and all([_same(value, entries) for value, entries in self._written]):  # noqa: C419 - the faster
+                return ""
         return "an attribute of a layer was set"
 
     def settle(self) -> None:
@@ -121,10 +125,20 @@ class Choices:
         if not self.changed():
             return
         known = iter(self._known)
+        written = {id(value) for value, entries in self._written if not _same(value, entries)}
         for own, names in zip(self._own, self._names, strict=True):
             before = dict(zip(("training", "training", *names), known, strict=False))
-            names[:] = [name for name in names if name in own and own[name] is before[name]]
+            names[:] = [n for n in names if n in own and own[n] is before[n] and id(own[n]) not in written]
         self._take()
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if type(value) is list else (*value, *value.values())
+
+
+def _same(value: Any, entries: tuple[Any, ...]) -> bool:
+    now = value if type(value) is list else (*value, *value.values())
+    return len(now) == len(entries) and all(map(operator.is_, now, entries))
 
 
 _STANDARD = frozenset({*nn.Module().__dict__, "_dsi", "forward", "_apply"})

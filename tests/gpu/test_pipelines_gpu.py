@@ -179,6 +179,18 @@ def test_a_switch_after_the_capture() -> None:
             same(ours(*given).sample, stock(*given).sample)
 
 
+def test_a_pipeline_that_is_moved_after_it_was_optimized() -> None:
+    pipe = text_to_image()
+    stock = copy.deepcopy(pipe).to(DEVICE)
+    engine = dsi.init_inference(pipe)
+    pipe.to(DEVICE)
+    for seed in range(2):
+        compare(stock, pipe, seed=seed, steps=3)
+    assert pipe.unet._dsi.last_forward.graph
+    engine.restore()
+    compare(stock, pipe)
+
+
 def test_memory_comes_back() -> None:
     def held() -> int:
         gc.collect()

@@ -304,7 +304,29 @@ def chunks(model: Any) -> None:
         module.set_chunk_feed_forward(4, 1)
 
 
-@pytest.mark.parametrize("change", [other_processors, free_u, chunks])
+class Scaled(nn.Module):
+    """A processor with parameters, as adapters bring it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = [2.0], AttnProcessor()
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.scale[0] * self.inner(*args, **kwargs)
+
+
+def adapters(model: Any) -> None:
+    for module in _stock_modules(model, "set_processor"):
+        module.set_processor(Scaled())
+
+
+def scales(model: Any) -> None:
+    for module in _stock_modules(model, "set_processor"):
+        module.processor.scale[0] = 3.0
+
+
+@pytest.mark.parametrize("change", [other_processors, free_u, chunks, adapters])
 def test_what_is_switched_after_the_capture(pair, change, graphs):  # noqa: F811
     given = latents(), torch.tensor(3), texts()
     for turn in range(3):
@@ -316,6 +338,23 @@ def test_what_is_switched_after_the_capture(pair, change, graphs):  # noqa: F811
     for _ in range(2):
         pair.check(*given)
     assert len(graphs) == 2
+
+
+def test_the_scale_of_an_adapter():
+    """A list in a module that stands behind a container, or in the tree where the layer was left."""
+    for first in (True, False):
+        model = unet()
+        if first:
+            adapters(model)
+        pair = Pair(model)
+        for change in (scales,) if first else (adapters, scales):
+            for turn in range(3):
+                pair.check(latents(), torch.tensor(3), texts(), graph=True if turn == 2 else None)
+            for one in (pair.stock, pair.ours):
+                change(one)
+            pair.check(latents(), torch.tensor(3), texts(), graph=False)
+            assert "an attribute of a layer was set" in pair.route.reason
+            pair.check(latents(), torch.tensor(3), texts())
 
 
 def test_a_switch_is_seen_by_graphs_of_other_structures(pair):
