@@ -181,8 +181,10 @@ class Inputs:
         with torch.inference_mode(False), torch.no_grad():
             self.static: dict[str, Any] = rebuilt(dict(given), lambda x: _dense(x, _home(x, device)))
             self.flat = tensors(self.static)
-            # those that are copied in with every call
-            self._plain = list(range(len(self.flat)))
+            # those that are copied in with every call; single numbers that the host has
+            here = [x.device == one.device for x, one in zip(tensors(given), self.flat, strict=True)]
+            self._plain = [place for place, same in enumerate(here) if same]
+            self._numbers = [place for place, same in enumerate(here) if not same]
             ids = self.static.get(IDS)
             self.ids = ids if vocab is not None and isinstance(ids, Tensor) else None
             self.mask = mask_of(self.static) if masks else None
@@ -254,6 +256,9 @@ class Inputs:
         values = tensors(given)
         for place, held in self._held.items():
             held.fill(values[place])
+        for place in self._numbers:
+            # a copy would wait for the device
+            self.flat[place].fill_(values[place].item())
         if len(self._plain) == 1:
             self.flat[self._plain[0]].copy_(values[self._plain[0]])
         elif self._plain:
