@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsi.containers import CrossTransformerBlock, MapConv, MapNorm, ResnetBlock, SpatialTransformer, Upsample
+from dsi.containers import (
+    CrossTransformerBlock,
+    ImageAttention,
+    MapConv,
+    MapNorm,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+)
 from dsi.containers import shared_products as shared
 from dsi.containers.ops import AtenOps
 
@@ -75,6 +83,13 @@ class ContextNotSeen(SpatialTransformer):
 
     def run(self, call):
         return super().run(call._replace(inputs={**call.inputs, "context": torch.zeros_like(call.inputs["context"])}))
+
+
+class DividedOnce(ImageAttention):
+    """Divides the sum by two, whatever the layer says."""
+
+    def run(self, call):
+        return super().run(call) / 2
 
 
 # --- sizes, layouts, steps --------------------------------------------------------------------------------------------

@@ -403,6 +403,18 @@ MAPS = (
         cross_kv=Concat("attn2.to_v", "attn2.to_k", shared="context"),
     ),
     _map_slots("norms of a map swapped", "CrossTransformerBlock", norm_self=Norm("norm2"), norm_cross=Norm("norm1")),
+    Mutant(
+        name="keys and values of a map's attention swapped",
+        by=_NUMBERS,
+        family="vae",
+        change=with_map_slots("ImageAttention", qkv=Concat("to_q", "to_v", "to_k")),
+    ),
+    Mutant(
+        name="a divisor of its own",
+        by=_NUMBERS,
+        family="vae",
+        change=in_map("DividedOnce", "ImageAttention"),
+    ),
     _map("SizeNotSeen", "a wanted size ignored", "map_sizes", container="Upsample", alone=True),
     _map("TakesMemoryAsItLies", "a layout assumed", "map_layouts", container="MapConv", alone=True),
     Mutant(

@@ -13,6 +13,7 @@ from dsi_policies.gpt2 import GPT2
 from dsi_policies.llama import LLAMA
 from dsi_policies.opt import OPT
 from dsi_policies.unet import UNET
+from dsi_policies.vae import VAE
 from tests.support.models import tiny_config
 
 MISTRAL_MODULE = "transformers.models.mistral.modeling_mistral:"
@@ -96,6 +97,7 @@ SUBJECTS: dict[str, tuple[Any, Any]] = {
     "gpt2": (lambda: GPT2, lambda: tiny_config("gpt2", n_head=8)),
     "opt": (lambda: OPT, lambda: tiny_config("opt", num_attention_heads=8)),
     "unet": (lambda: UNET, unet_settings),
+    "vae": (lambda: VAE, vae_settings),
     "bert": (lambda: BERT, lambda: tiny_config("bert", num_attention_heads=8)),
 }
 """Name -> (the whole policy, its config)."""
