@@ -105,6 +105,12 @@ class Block:
         """Whether all of a cache lies here."""
         return place_of(cache).addresses == self.addresses
 
+    def suits(self, cache: PreallocatedCache) -> bool:
+        """Whether a cache could lie here: not that of a model which was cast or moved since."""
+        layers: list[Any] = cache.layers
+        first, flat = layers[0].buffers()[0], self._flat[0][0]
+        return first.numel() == 0 or (first.dtype == flat.dtype and first.device == flat.device)
+
     def room(self, rows: int) -> int:
         """Positions of each of so many rows."""
         return self.positions // rows

@@ -252,8 +252,9 @@ class _Loop:
         timed = nullcontext if self.session.timer is None else self.session.timer.prefill
         with timed():
             mask = self.inputs.get("attention_mask")
-            padded = mask is not None and not bool(mask.all())
-            start = PromptStart(self.session, self.step, self.inputs, kept=self.own_cache)
+            ones = mask is None or bool((mask == 1).all())
+            padded = mask is not None and not ones and not bool(mask.all())
+            start = PromptStart(self.session, self.step, self.inputs, kept=self.own_cache, ones=ones)
             logits = start.logits(input_ids, padded=padded)
             if logits is None:
                 logits = self._models_own(input_ids)

@@ -149,18 +149,14 @@ class GraphPool:
 
     def give_back(self, cache: PreallocatedCache) -> None:
         """The cache is nobody's any more; where a graph writes to its memory, that is kept for the next text."""
-        block = self._block_of(cache)
-        if block is None and self._written_to(cache):
-            block = self._adopt(cache)
+        block = self._home(cache)
         if block is not None:
             self._end(block)
         self._trim()
 
     def hand_over(self, cache: PreallocatedCache) -> None:
         """The cache is its caller's: a copy, where that is small, so that the memory and the graphs stay."""
-        block = self._block_of(cache)
-        if block is None and self._written_to(cache):
-            block = self._adopt(cache)
+        block = self._home(cache)
         if block is None:
             return
         layers: list[Any] = cache.layers
@@ -180,6 +176,17 @@ class GraphPool:
             block.take_back()
             block.views = {rows: view for rows, view in block.views.items() if view is not cache}
         self._trim()
+
+    def _home(self, cache: PreallocatedCache) -> Block | None:
+        """The block that was lent to the cache, or becomes of it where graphs write to it."""
+        block = self._block_of(cache)
+        if block is not None and not block.suits(cache):
+            # it has memory of its own, as all that come will have
+            self._remove(block)
+            block = None
+        if block is None and self._written_to(cache):
+            block = self._adopt(cache)
+        return block
 
     def _adopt(self, cache: PreallocatedCache) -> Block:
         block = Block(cache)

@@ -27,11 +27,13 @@ class PromptStart:
         step: the model's parts, bound for the text.
         inputs: what generation gives the model beside the ids, the cache among them.
         kept: nobody else has the cache; whoever gets it in the end gets a copy, or the graphs go.
+        ones: the mask is of nothing else; the numbers of any other are counted as positions, a 2 as two.
     """
 
-    def __init__(self, session: Session, step: Step, inputs: Mapping[str, Any], *, kept: bool) -> None:
+    def __init__(self, session: Session, step: Step, inputs: Mapping[str, Any], *, kept: bool, ones: bool) -> None:
         assert session.runner is not None
         self.session, self.step, self.inputs, self.kept = session, step, inputs, kept
+        self.ones = ones
         self.runner = session.runner
         self.cache = inputs["past_key_values"]
 
@@ -78,7 +80,7 @@ class PromptStart:
     @property
     def _placed(self) -> bool:
         """The caller says where the tokens stand."""
-        return self.session.prompt is None or self.session.prompt.placed
+        return self.session.prompt is None or self.session.prompt.placed or not self.ones
 
     def _bucket_obstacle(self, ids: Tensor) -> str:
         """Why the prompt is never a graph, or ""."""

@@ -425,6 +425,23 @@ def test_memory_of_inference_mode_is_everybodys(graphs):  # noqa: F811
 # --- plans -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_model_that_was_cast_has_other_memory(returned, graphs, no_spare):  # noqa: F811
+    pair = llama()
+    turns(pair, (2, 1))
+    before = weakref.ref(pair.ours._dsi.graphs._blocks[0]._flat[0][0])
+    for model in (pair.stock, pair.ours):
+        model.double()
+    turns(pair, (2,), return_dict_in_generate=returned)
+    graphs.clear()
+    gc.collect()
+    assert before() is None
+    turns(pair, (2, 2, 2))
+    # with padding and without
+    assert len(graphs) <= 2
+    check_tidy(pair)
+
+
 def test_what_work_is_divided_by_is_the_texts_own(graphs):  # noqa: F811
     """Whatever was before it: a longer text, more rows, a memory of another size."""
     given, reaches = inputs_for("llama", 2, 6), []

@@ -92,6 +92,16 @@ def test_positions_that_are_given_are_those_of_their_rows():
     assert pair.ours._dsi.last_prompt.own
 
 
+def test_positions_are_counted_as_stock_counts_the_numbers_of_a_mask(prompts):
+    pair = llama()
+    given = inputs_for("llama", 2, 9)
+    given["attention_mask"] = torch.tensor([[2], [1]]).expand(2, 9).contiguous()
+    for _ in range(2):
+        pair.check(given)
+        assert pair.ours._dsi.last_prompt.own
+    assert not prompts
+
+
 def test_a_prompt_beyond_a_window_takes_the_models_own_forward(prompts):
     """Its mask is the model's to make; within the window there is no more to mask than the causal order."""
     pair = windowed()
