@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsi.containers.map_base import MapContainer
+from dsi.containers.pair_base import PairContainer
 from dsi.containers.stand_in import StandIn, holds
 from dsi.errors import PolicyError
 from dsi.policy import (
@@ -347,6 +348,9 @@ def _check_inputs(block: Block, container: type[StandIn], where: str) -> None:
             f"{where}: {container.__name__} takes the inputs {', '.join(sorted(known)) or '(none)'}; "
             f"unknown: {', '.join(unknown)}"
         )
+    if issubclass(container, PairContainer) != (block.call.returns == "pair"):
+        wanted = "needs" if issubclass(container, PairContainer) else "knows no"
+        raise PolicyError(f'{where}: {container.__name__} {wanted} Call(returns="pair")')
 
 
 def _check_rotary_table(block: Block, layer: nn.Module, where: str) -> None:

@@ -341,7 +341,7 @@ class Call:
         inputs: what else the container takes -> name of its argument, for containers of maps.
         free: arguments that change nothing the container computes; any value is fine.
         returns: "tensor"; "tuple" for (hidden states, attention weights or None); "single" for (map,), under
-            `return_dict=False`.
+            `return_dict=False`; "pair" for (context or None, hidden states), of containers of two sequences.
         attention: attention implementations under which the layer computes what the container does.
     """
 
@@ -353,7 +353,7 @@ class Call:
     free: frozenset[str] = attrs.field(
         default=frozenset({"position_ids", "use_cache", "output_router_logits"}), converter=_names
     )
-    returns: Literal["tensor", "tuple", "single"] = "tensor"
+    returns: Literal["tensor", "tuple", "single", "pair"] = "tensor"
     attention: frozenset[str] = attrs.field(default=frozenset({"sdpa", "eager"}), converter=_names)
 
 
@@ -372,7 +372,8 @@ class Block:
         inside: only layers that an instance of one of these classes ("module:Class") holds, directly or in lists and
             dictionaries of modules; () for wherever they stand. For classes that belong to no architecture.
         neutral: dotted attribute of the layer -> the one value, or `ABSENT`, under which it computes what the container
-            does. Any other value leaves the layer stock, and a later change of it runs the stock computation.
+            does. Any other value leaves the layer stock, and a later change of it runs the stock computation. What is
+            None on the layer is not asked for attributes of its own.
     """
 
     layer: str

@@ -1,8 +1,9 @@
 """Replacement layers by role; they know slots and facts, and no architecture."""
 
-from dsi.containers.base import Container
+from dsi.containers.base import Container, LayerCall
 from dsi.containers.linear import FusedLinear
-from dsi.containers.map_base import MapContainer
+from dsi.containers.map_base import MapCall, MapContainer
+from dsi.containers.pair_base import PairContainer
 from dsi.containers.resnet import Downsample, MapConv, MapNorm, ResnetBlock, Upsample
 from dsi.containers.spatial_transformer import CrossTransformerBlock, ImageAttention, SpatialTransformer
 from dsi.containers.stand_in import StandIn
@@ -16,9 +17,12 @@ __all__ = [
     "EncoderLayer",
     "FusedLinear",
     "ImageAttention",
+    "LayerCall",
+    "MapCall",
     "MapContainer",
     "MapConv",
     "MapNorm",
+    "PairContainer",
     "ResnetBlock",
     "SpatialTransformer",
     "StandIn",

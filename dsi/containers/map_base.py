@@ -44,15 +44,15 @@ class MapContainer(StandIn):
     DIMENSIONS: ClassVar[int] = 4
     MANY_ROWS = True
 
-    def run(self, call: MapCall) -> Tensor:
-        """The fused computation."""
+    def run(self, call: MapCall) -> Any:
+        """The fused computation: one map or sequence."""
         raise NotImplementedError
 
     def takes(self, hidden: Tensor, inputs: Mapping[str, Any]) -> bool:
         """Whether `run` computes this call."""
         return all(value is None for value in inputs.values())
 
-    def _run(self, call: MapCall) -> Tensor:
+    def _run(self, call: MapCall) -> Any:
         return self.run(call)
 
     def _returned(self, output: Any) -> Any:

@@ -77,6 +77,15 @@ def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+def shape_error(container: StandIn, found: Any, given: Any) -> PolicyError:
+    """A container gave something of a shape that the stock layer would not give."""
+    cls = type(container).container_class
+    return PolicyError(
+        f"{cls.__module__}:{cls.__qualname__} gave {_shape(found)} for {_shape(given)}",
+        hint="engine.restore() brings the stock layers back; report it to the policy's author",
+    )
+
+
 class StandIn(nn.Module):
     """Base of all containers.
 
@@ -191,11 +200,7 @@ class StandIn(nn.Module):
     def _check_shape(self, call: Any, output: Any) -> None:
         found = getattr(output, "shape", None)
         if found != self._expected(call):
-            cls = type(self).container_class
-            raise PolicyError(
-                f"{cls.__module__}:{cls.__qualname__} gave {_shape(output)} for {_shape(call.hidden)}",
-                hint="engine.restore() brings the stock layers back; report it to the policy's author",
-            )
+            raise shape_error(self, output, call.hidden)
 
     def _without_gradients(self, source: Any, output: Any) -> Any:
         """`output`, which requires gradients where stock's would, and refuses to give any."""
@@ -406,12 +411,17 @@ def _blank(container: type[StandIn], original: type[nn.Module]) -> StandIn:
 
 
 def holds(owner: Any, names: tuple[str, ...], value: Any) -> bool:
-    """Whether the attribute at a path is this value; `ABSENT`: whether there is none."""
+    """Whether the attribute at a path is this value; `ABSENT`: whether there is none.
+
+    Also where the path leads through None, which has no such attribute.
+    """
     found = owner
     for name in names:
-        found = getattr(found, name, ABSENT)
+        above, found = found, getattr(found, name, ABSENT)
+        if above is None and found is ABSENT:
+            return True
     # of one type too: 1 is no True here
     return found is value or (type(found) is type(value) and bool(found == value))
 
 
-__all__ = ["NoGradients", "StandIn", "fused_class", "holds", "parked"]
+__all__ = ["NoGradients", "StandIn", "fused_class", "holds", "parked", "shape_error"]

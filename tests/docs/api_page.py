@@ -73,6 +73,21 @@ Layers of maps [B, C, H, W] have containers of their own, subclasses of `dsi.con
 what they take beside the map (`Call.inputs` says under which arguments), `takes(hidden, inputs)` is False for a call
 that is the stock layer's affair, and `run` gets a `MapCall`: `hidden`, channels-last, and `inputs`. All containers are
 `dsi.containers.StandIn`.
+
+Layers that change two sequences at once, hidden states [B, S, C] and a context [B, T, E], have subclasses of
+`dsi.containers.PairContainer`, a `MapContainer` whose `run` gives both: (context or None, hidden states). One of its
+`INPUTS` is `context`, and policies say `Call(returns="pair")`. `plugins/dsi-mmdit` brings such containers.
+
+What a device may have faster than torch is in `self.ops`, with a place first:
+
+| | |
+|---|---|
+| `ops.norm(place, x)` | the norm of the last axis |
+| `ops.project(place, x)` | a linear place's product |
+| `ops.project_add(place, x, residual)` | its sum with `residual` |
+| `ops.activate(place, x, kind)` | it through "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu" |
+| `ops.attend(q, k, v, mask, causal, scale)` | attention of q [B, heads, S, d] to k and v [B, kv_heads, T, d]; the \
+mask as in `LayerCall`; [B, S, heads * d] |
 """
 
 CHECK_TEXT = """\
