@@ -1,0 +1,92 @@
+"""Stable Diffusion 3 and 3.5: joint attention of text and image, in some layers an attention of the image alone beside.
+
+Source: Esser et al. 2024, https://arxiv.org/abs/2403.03206.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsi.policy import Attr, Block, Call, Concat, Const, Container, Linear, Norm, Policy, hookimpl
+
+DSI_API = (1, 2)
+
+
+def head_norm(path: str) -> Norm:
+    """diffusers' norm over the heads."""
+    return Norm(path, kind="rms", cls="diffusers.models.normalization:RMSNorm")
+
+
+def plain(name: str) -> dict[str, Any]:
+    """What an attention must be like; of one that is None nothing is asked."""
+    return {
+        f"{name}.processor.__class__.__name__": "JointAttnProcessor2_0",
+        f"{name}.fused_projections": False,
+    }
+
+
+def feed_forward(name: str) -> dict[str, Any]:
+    """What a feed-forward must be like."""
+    return {f"{name}.net.0.__class__.__name__": "GELU", f"{name}.net.0.approximate": "tanh"}
+
+
+SD3 = Policy(
+    name="sd3",
+    requires=("diffusers>=0.42",),
+    blocks=[
+        Block(
+            layer="diffusers.models.attention:JointTransformerBlock",
+            container="sd3:joint",
+            slots={
+                "modulation": Concat("norm1.linear", "norm1_context.linear"),
+                "norm_attn": Norm("norm1.norm"),
+                "norm_attn_context": Norm("norm1_context.norm"),
+                "qkv": Concat("attn.to_q", "attn.to_k", "attn.to_v"),
+                "qkv_context": Concat("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "q_norm": head_norm("attn.norm_q"),
+                "k_norm": head_norm("attn.norm_k"),
+                "q_norm_context": head_norm("attn.norm_added_q"),
+                "k_norm_context": head_norm("attn.norm_added_k"),
+                "out": Linear("attn.to_out.0"),
+                "out_context": Linear("attn.to_add_out"),
+                "qkv_dual": Concat("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "q_norm_dual": head_norm("attn2.norm_q"),
+                "k_norm_dual": head_norm("attn2.norm_k"),
+                "out_dual": Linear("attn2.to_out.0"),
+                "norm_mlp": Norm("norm2"),
+                "up": Linear("ff.net.0.proj"),
+                "down": Linear("ff.net.2"),
+                "norm_mlp_context": Norm("norm2_context"),
+                "up_context": Linear("ff_context.net.0.proj"),
+                "down_context": Linear("ff_context.net.2"),
+            },
+            facts={
+                "heads": Attr("attn.heads"),
+                "context_first": Const(False),
+                "last": Attr("context_pre_only"),
+                "dual": Attr("use_dual_attention"),
+            },
+            call=Call(inputs={"context": "encoder_hidden_states", "time": "temb"}, returns="pair"),
+            neutral={
+                "_chunk_size": None,
+                **plain("attn"),
+                **plain("attn2"),
+                **feed_forward("ff"),
+                **feed_forward("ff_context"),
+            },
+        )
+    ],
+)
+
+
+@hookimpl
+def dsi_register_policies(register: Callable[[Policy], None]) -> None:
+    """Register the family."""
+    register(SD3)
+
+
+@hookimpl
+def dsi_register_containers(register: Callable[[Container], None]) -> None:
+    """Register the family's container."""
+    register(Container(name="joint", impl="dsi_mmdit.containers:JointBlock"))
