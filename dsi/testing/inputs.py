@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -131,6 +131,24 @@ class ReadsMaps:
         if name:
             inputs[name] = torch.randn(batch, length, size, generator=generator)
         return inputs
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ReadsGiven:
+    """What a model reads by the word of the policy's author.
+
+    Args:
+        model: that reads it.
+        make: (model, rows, length, seed) -> keyword arguments of a forward.
+    """
+
+    model: nn.Module
+    make: Callable[[Any, int, int, int], Mapping[str, Any]]
+    masks: bool = False
+
+    def inputs(self, batch: int, length: int, padding: Padding = "none", *, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of a forward; padding means nothing here."""
+        return dict(self.make(self.model, batch, length, seed))
 
 
 def _image(config: Any) -> tuple[int, ...]:

@@ -73,6 +73,8 @@ class PolicyConformance:
         tolerances: see `dsi.testing.subject.Tolerances`.
         require: "all" makes a check that is not run a failure.
         module: the plugin's module, where it cannot be found by the policy.
+        model_inputs: a static method, (model, rows, length, seed) -> keyword arguments of its forward, where the kit
+            cannot tell from the model what it reads.
     """
 
     policy: ClassVar[Policy | str]
@@ -81,6 +83,7 @@ class PolicyConformance:
     tolerances: ClassVar[Mapping[str, float]] = MappingProxyType({})
     require: ClassVar[Literal["run", "all"]] = "run"
     module: ClassVar[str] = ""
+    model_inputs: ClassVar[Callable[[Any, int, int, int], Mapping[str, Any]] | None] = None
 
     def tiny_config(self) -> Any:
         """A small config of the architecture: two layers, fewer kv heads than heads, sizes that differ."""
@@ -109,6 +112,7 @@ class PolicyConformance:
                 model_class=cls.model_class,
                 module=cls.module,
                 tolerances=cls.tolerances,
+                inputs=cls.model_inputs,
             ),
             Expectations(failures=cls.expected_failures, require=cls.require),
         )

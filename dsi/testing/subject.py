@@ -29,7 +29,7 @@ from dsi.registry import Registry, stands
 from dsi.testing.compare import forward
 from dsi.testing.configs import whole_class
 from dsi.testing.hostile import make_hostile_
-from dsi.testing.inputs import Padding, Reads, ReadsMaps
+from dsi.testing.inputs import Padding, Reads, ReadsGiven, ReadsMaps
 from dsi.testing.report import Failed
 from dsi.testing.world import World
 
@@ -108,6 +108,8 @@ class Subject:
         module: the plugin's module, where it cannot be found by the policy.
         tolerances: see `Tolerances`.
         registry: the plugins; as installed, where left out.
+        inputs: (model, rows, length, seed) -> keyword arguments of its forward, where the kit cannot tell from the
+            model what it reads.
 
     Raises:
         UnknownPolicyError: `policy` is no registered name.
@@ -123,7 +125,9 @@ class Subject:
         module: str = "",
         tolerances: Mapping[str, float] | None = None,
         registry: Registry | None = None,
+        inputs: Callable[[Any, int, int, int], Mapping[str, Any]] | None = None,
     ) -> None:
+        self._given = inputs
         self.registry = Registry.load() if registry is None else registry
         resolved, self.name = self.registry.resolve(policy)
         assert resolved is not None
@@ -172,15 +176,17 @@ class Subject:
         return self.tiny_config()
 
     @cached_property
-    def reads(self) -> Reads | ReadsMaps:
+    def reads(self) -> Reads | ReadsMaps | ReadsGiven:
         """What the model reads."""
         stock = self.stock()
+        if self._given is not None:
+            return ReadsGiven(model=stock, make=self._given)
         return ReadsMaps.of(stock) or Reads.of(stock)
 
     @property
     def of_maps(self) -> bool:
-        """It reads maps, and has no outputs to record."""
-        return isinstance(self.reads, ReadsMaps)
+        """It reads maps or the like, and has no outputs to record."""
+        return not isinstance(self.reads, Reads)
 
     @cached_property
     def decodes(self) -> bool:

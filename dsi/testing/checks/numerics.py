@@ -99,13 +99,18 @@ def _rms(powers: list[Tensor], subject: Subject) -> float:
     return float(every.mean().sqrt())
 
 
+def _one_of(value: Tensor, row: int, rows: int) -> Tensor:
+    """A row of what has one for each; the rest belongs to all of them."""
+    return value[row : row + 1] if value.shape[:1] == (rows,) else value
+
+
 def batch_of_one(subject: Subject) -> Outcome:
     """A row gives the same alone and among others."""
     model, worst = subject.twins().model, 0.0
     inputs = subject.inputs(5, 7, seed=5)
     together = list(tensors(forward(model, inputs)))
     for row in range(5):
-        alone = forward(model, {name: value[row : row + 1] for name, value in inputs.items()})
+        alone = forward(model, {name: _one_of(value, row, 5) for name, value in inputs.items()})
         pairs = [
             (all_rows[row : row + 1], one)
             for (_, all_rows), (_, one) in zip(together, tensors(alone), strict=True)

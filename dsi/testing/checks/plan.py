@@ -59,8 +59,7 @@ def _uncounted(layer: nn.Module, block: Block) -> Iterator[str]:
     modules = dict(layer.named_modules())
     for path in (*(path for slot in block.slots.values() for path in slot.sources()), *block.ignore):
         if path not in modules:
-            # a place that is empty in this layer
-            if getattr(layer, path, layer) is not None:
+            if not _is_empty(layer, path):
                 yield f"{path} is no module of the layer"
             continue
         prefix = f"{path}." if path else ""
@@ -68,6 +67,16 @@ def _uncounted(layer: nn.Module, block: Block) -> Iterator[str]:
     for name, _ in layer.named_parameters(remove_duplicate=False):
         if readers[name] != 1:
             yield f"{name} is read {readers[name]} times"
+
+
+def _is_empty(layer: nn.Module, path: str) -> bool:
+    """Whether this layer has None on the way to a place."""
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name, layer)
+        if found is None:
+            return True
+    return False
 
 
 def _check_ignored(subject: Subject) -> None:
