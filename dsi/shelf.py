@@ -116,7 +116,7 @@ def _reference_faults(policy: Policy) -> Iterator[Fault]:
             yield f"models holds {model!r}", "use dsi.policy.CausalLM"
     for entry in policy.entries:
         if not isinstance(entry, vocabulary.Entries) or not _is_class(entry.model):
-            yield f"entries holds {entry!r}", "use dsi.policy.Entries, of a model \"package.module:Class\""
+            yield f"entries holds {entry!r}", 'use dsi.policy.Entries, of a model "package.module:Class"'
     for name in policy.replaces:
         if not isinstance(name, str) or name.count(":") != 1:
             yield f"replaces names {name!r}", 'use a tuple of full names, e.g. ("plugin:name",)'
