@@ -307,6 +307,19 @@ def test_a_time_or_context_of_another_kind_runs_the_stock_layer(whole):
         assert (one.fused_calls, one.stock_calls) == (0, 2)
 
 
+@pytest.mark.parametrize("change", [lambda terms: terms[:1], lambda terms: terms.double(), lambda terms: terms.half()])
+def test_rotary_terms_of_another_kind_run_the_stock_layer(change):
+    stock = flux()
+    model = copy.deepcopy(stock)
+    dsi.init_inference(model, injection_policy=FLUX)
+    for one, other in zip(layers(model), layers(stock), strict=True):
+        given = layer_inputs(other)
+        given["image_rotary_emb"] = tuple(change(terms) for terms in given["image_rotary_emb"])
+        with torch.no_grad():
+            assert share(one(**given)[1], other(**given)[1]) <= 1e-6
+        assert (one.fused_calls, one.stock_calls) == (0, 1)
+
+
 def test_another_attention_of_diffusers_runs_the_stock_layer():
     model = flux()
     dsi.init_inference(model, injection_policy=FLUX)
