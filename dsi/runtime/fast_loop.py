@@ -157,6 +157,17 @@ class _Loop:
         record: _Record, first: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """A token after the other, each chosen here; `first` where the first was chosen before."""
+        try:
+            return self._one_by_one(input_ids, logits, logits_processor, ending, streamer, record, first)
+        finally:
+            # whoever breaks off may have brought the cache
+            if self.graph is not None:
+                self.graph.settle()
+
+    def _one_by_one(
+        self, input_ids: Tensor, logits: Tensor, logits_processor: Any, ending: _Ending, streamer: Any,
+        record: _Record, first: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         timed = nullcontext if self.session.timer is None else self.session.timer.decode
         while True:
             scores = logits_processor(input_ids, logits)
@@ -172,8 +183,6 @@ class _Loop:
                 logits = self._decode(tokens)
         if streamer is not None:
             streamer.end()
-        if self.graph is not None:
-            self.graph.settle()
         return input_ids
 
     # --- on CUDA, in graphs -----------------------------------------------------------------------------------
@@ -229,19 +238,31 @@ class _Loop:
             if waiting is None:
                 continue
             under_way = _Arrival(chosen)
-            if waiting.ends(ending, streamer):
+            if self._ends(waiting, ending, streamer, fed - 1):
                 # the step that was just launched is beyond the end
                 fed, waiting = fed - 1, None
                 self.graph.take_back_noise()
                 break
             waiting = under_way
         if waiting is not None:
-            waiting.ends(ending, streamer)
+            self._ends(waiting, ending, streamer, fed)
         self.graph.settle(fed)
         self.graph.check_choices()
         if streamer is not None:
             streamer.end()
         return torch.cat([input_ids, self.graph.tokens()[:, : 1 + fed]], dim=-1)
+
+    def _ends(self, arrival: _Arrival, ending: _Ending, streamer: Any, fed: int) -> bool:
+        """Whether the text ends with these tokens, before which so many were fed."""
+        assert self.graph is not None
+        try:
+            return arrival.ends(ending, streamer)
+        except BaseException:
+            # a streamer breaks off: cache and random numbers are as stock's, which has not taken the next step
+            if fed < self.graph.taken:
+                self.graph.take_back_noise()
+            self.graph.settle(fed)
+            raise
 
     def _finished(self, input_ids: Tensor, record: _Record) -> Any:
         """What the caller gets."""

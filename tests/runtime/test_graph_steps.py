@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    DynamicCache,
     FalconConfig,
     FalconForCausalLM,
     MistralConfig,
@@ -189,6 +190,34 @@ def test_sampling_draws_what_stock_draws(arguments, monkeypatch):
         assert pair.ours._dsi.last_route.graph, pair.ours._dsi.last_route.reason
     # the host chose the tokens only where it had to
     assert bool(steps) is ("no_repeat_ngram_size" in arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"no_repeat_ngram_size": 2}], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_a_streamer_that_raises_leaves_what_stock_leaves(tokens, arguments):
+    pair, given, left = llama(), inputs_for("llama", 1, 6), []
+
+    class Breaks:
+        def __init__(self) -> None:
+            # the prompt comes first
+            self.count = -1
+
+        def put(self, value: Any) -> None:
+            self.count += 1
+            if self.count == tokens:
+                raise KeyboardInterrupt
+
+        def end(self) -> None: ...
+
+    for model in (pair.stock, pair.ours):
+        cache = DynamicCache(config=model.config)
+        torch.manual_seed(3)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(
+                **given, **arguments, do_sample=True, max_new_tokens=8, streamer=Breaks(), past_key_values=cache
+            )
+        left.append((cache.get_seq_length(), cache.layers[1].keys.shape, float(torch.rand(1))))
+    assert left[0] == left[1]
 
 
 def test_other_settings_need_no_other_graph(graphs):
