@@ -11,8 +11,9 @@ some tanh GELUs as several torch operations, each rounded to the dtype: these ha
 
 Where the result is rounded to 16 bit, `rounded_kind` names a gelu with half of erf's instructions: x * sigmoid(u); u,
 the logarithm of the odds of the normal distribution, is x times a polynomial of x^2. Before the rounding it is within
-4e-7 of the exact value (computed in fp32: 8e-7), and for |x| <= 2 within 3e-6 of itself, a hundredth of the rounding to fp16: 99.9 % of normal
-arguments get the bits of the exact value. 1 + erf, which cancels for negative x, is as far from it.
+4e-7 of the exact value (computed in fp32: 8e-7), and for |x| <= 2 within 3e-6 of itself, a hundredth of the rounding
+to fp16: 99.9 % of normal arguments get the bits of the exact value. 1 + erf, which cancels for negative x, is as far
+from it.
 
 Source: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415; Elfwing et al. 2017, https://arxiv.org/abs/1702.03118.
 """
