@@ -371,6 +371,11 @@ def test_exit_codes(arguments, code, said, capsys):
 
 @pytest.mark.parametrize("name", sorted(Registry.load().policies))
 def test_a_tiny_config_is_guessed_for_every_policy(name):
+    if name in ("flux:flux", "sd3:sd3"):
+        # several models of several configs hold such layers: the plugin's own tests bring theirs
+        with pytest.raises(ConfigError, match="write a test"):
+            tiny_config(Registry.load().policies[name])
+        return
     guessed = tiny_config(Registry.load().policies[name])
     if isinstance(guessed, dict):
         assert guessed["block_out_channels"] == (16, 32)
