@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dsi.api import init_inference, plan
     from dsi.engine import InferenceEngine
     from dsi.pipeline import PipelineEngine, PipelinePlan
-    from dsi.planner import Plan
+    from dsi.plans import Plan
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _LAZY = {
     "InferenceEngine": "dsi.engine",
     "PipelineEngine": "dsi.pipeline",
     "PipelinePlan": "dsi.pipeline",
-    "Plan": "dsi.planner",
+    "Plan": "dsi.plans",
     "init_inference": "dsi.api",
     "plan": "dsi.api",
 }

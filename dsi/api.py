@@ -11,7 +11,8 @@ from torch import nn
 from dsi.config import load_config
 from dsi.engine import InferenceEngine, optimize
 from dsi.pipeline import Pipeline, PipelineEngine, PipelinePlan, is_pipeline, optimize_pipeline, plan_pipeline
-from dsi.planner import Plan, make_plan
+from dsi.planner import make_plan
+from dsi.plans import Plan
 from dsi.registry import Registry
 
 ConfigSource = Mapping[str, Any] | str | os.PathLike[str] | None

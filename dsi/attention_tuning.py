@@ -21,7 +21,7 @@ from dsi.containers.triton_products import product_of
 from dsi.tuning import TOLERANCE, Found, Settings, graph_time, require_device
 
 if TYPE_CHECKING:
-    from dsi.planner import Plan
+    from dsi.plans import Plan
 
 # what is attended to in a cache of so many positions
 FILLED: Mapping[int, int] = {256: 200, 1024: 1000, 8192: 8000, 32768: 32000}

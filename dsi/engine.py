@@ -19,7 +19,8 @@ from dsi.containers import StandIn
 from dsi.errors import InjectionError, RestoreError, UnsupportedModelError
 from dsi.inject import Injection, inject, set_attribute
 from dsi.parallel import Group
-from dsi.planner import Plan, make_plan
+from dsi.planner import make_plan
+from dsi.plans import Plan
 from dsi.profiling import ModelTime, ModelTimer, Profile, profile_layers
 from dsi.registry import Registry
 from dsi.runtime import INSTANCE_OVERRIDES, DecodeRunner, Session, check_inputs
@@ -159,7 +160,27 @@ def complain(made: Plan, settings: InferenceConfig) -> None:
         warnings.warn(f"dsi replaced nothing: {made.why_nothing}", UserWarning, stacklevel=4)
 
 
-class InferenceEngine:
+class Handle:
+    """What an engine is to its user: whatever it has not is its module's, and the end of its block gives that back."""
+
+    module: Any
+
+    def restore(self) -> Any:
+        """Give the module back as it was."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "module" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+class InferenceEngine(Handle):
     """An optimized model. Attributes that the engine has not are the model's own.
 
     Made by `dsi.init_inference`. As a context manager it gives the original model back at the end.
@@ -213,7 +234,7 @@ class InferenceEngine:
         Raises:
             InputError: empty prompt, ids out of range, or prompt and new tokens beyond the context.
         """
-        return self.module.generate(*args, **kwargs)  # type: ignore[operator]
+        return self.module.generate(*args, **kwargs)
 
     # --- time -------------------------------------------------------------------------------------------------
 
@@ -284,16 +305,6 @@ class InferenceEngine:
                 hint='pass keep_original="host", or do without the with statement',
             )
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "module" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.module, name)
 
     def __repr__(self) -> str:
         state = f"{len(self.plan.blocks)} layers replaced" if self.active else "restored"

@@ -33,7 +33,8 @@ from dsi.containers.stand_in import StandIn, fused_class, parked
 from dsi.errors import InjectionError, RestoreError
 from dsi.fit import Reason, class_name, submodule
 from dsi.parallel import Group, LayerShard, ShardedContainer, SummedLinear, shard_layer, sharded_class, take
-from dsi.planner import BlockPlan, LeftPlan, Plan, TablePlan, persistent_buffers
+from dsi.planner import persistent_buffers
+from dsi.plans import BlockPlan, LeftPlan, Plan, TablePlan
 from dsi.policy import Concat, Conv, Keep, Linear, Norm, Packed, Slot
 from dsi.structure import Structure
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import attrs
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dsi.config import InferenceConfig
-from dsi.engine import InferenceEngine, already_optimized, carry_out
+from dsi.engine import Handle, InferenceEngine, already_optimized, carry_out
 from dsi.errors import DsiError, InjectionError, RestoreError, UnsupportedModelError
 from dsi.fit import class_name
-from dsi.planner import LeftPlan, Plan, make_plan
+from dsi.planner import make_plan
+from dsi.plans import LeftPlan, Plan
 from dsi.registry import Registry
 from dsi.report import size
 
@@ -317,7 +318,7 @@ def optimize_pipeline(pipe: Pipeline, settings: InferenceConfig) -> PipelineEngi
     return PipelineEngine(pipe, made, ordered, settings)
 
 
-class PipelineEngine:
+class PipelineEngine(Handle):
     """An optimized pipeline. Attributes that the engine has not are the pipeline's own.
 
     Made by `dsi.init_inference`. As a context manager it gives the original components back at the end.
@@ -378,16 +379,6 @@ class PipelineEngine:
                 hint='pass keep_original="host", or do without the with statement',
             )
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "module" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.module, name)
 
     def __repr__(self) -> str:
         state = f"{len(self.engines)} components optimized" if self.active else "restored"

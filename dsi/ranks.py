@@ -22,7 +22,7 @@ from dsi.config import load_config
 from dsi.engine import InferenceEngine, optimize
 from dsi.fit import submodule
 from dsi.parallel import Group, LayerShard, ProcessGroup, shard_layer, thread_groups
-from dsi.planner import Plan
+from dsi.plans import Plan
 
 T = TypeVar("T")
 

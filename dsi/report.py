@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dsi.planner import BlockPlan, LeftPlan, Plan, TablePlan
+    from dsi.plans import BlockPlan, LeftPlan, Plan, TablePlan
 
 
 def size(count: int) -> str:

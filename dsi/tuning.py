@@ -22,7 +22,7 @@ from dsi.errors import DsiError
 from dsi.policy import Norm
 
 if TYPE_CHECKING:
-    from dsi.planner import BlockPlan, Plan
+    from dsi.plans import BlockPlan, Plan
 
 Settings = dict[str, int]
 

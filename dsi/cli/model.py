@@ -12,7 +12,7 @@ from dsi.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
 
-    from dsi.planner import Plan
+    from dsi.plans import Plan
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsi.containers.linear import PACK_PADDING, has_bf16
+from dsi.containers.unlisted import Formed
 
 # the sides of a map that the packed layout is chosen for; oneDNN takes others too
 HINT = 32
@@ -75,7 +76,7 @@ def _cheap(packed: Tensor, weight: Tensor) -> Tensor | None:
     return packed if torch.ops.mkldnn._nbytes(packed) <= weight.nbytes * PACK_PADDING else None
 
 
-class FusedConv(nn.Module):
+class FusedConv(Formed):
     """A convolution of channels-last maps.
 
     Args:
@@ -177,13 +178,6 @@ class FusedConv(nn.Module):
 
     # --- torch's own machinery --------------------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedConv:
-        """Moves and casts; the form is chosen anew for the new device and dtype."""
-        self.unpack_()
-        super()._apply(fn, recurse)
-        self.choose_form_()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
         if self.form != "packed":
@@ -195,9 +189,3 @@ class FusedConv(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.choose_form_()
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Nothing: the layer around it writes the stock names."""
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: the layer around it reads the stock names."""

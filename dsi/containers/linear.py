@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dsi.containers.activations import ACTIVATIONS
 from dsi.containers.layouts import Runs, inverse
+from dsi.containers.unlisted import Formed
 
 # below half a million fp32 weights oneDNN's blocked layout is not the fastest at one row
 # (2-core Zen 3, 1024 x 256: 37 us by columns against 56 us; 2-core Zen 5, 768 x 256: 23 us against 31 us)
@@ -133,7 +134,7 @@ def _pack(weight: Tensor) -> Tensor | None:
     return packed if torch.ops.mkldnn._nbytes(packed) <= weight.nbytes * PACK_PADDING else None
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(Formed):
     """`y = x @ W.T + b`, with W the rows of all sources stacked.
 
     Args:
@@ -295,13 +296,6 @@ class FusedLinear(nn.Module):
 
     # --- torch's own machinery --------------------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
-        """Moves and casts; the form is chosen anew for the new device and dtype."""
-        self.unpack_()
-        super()._apply(fn, recurse)
-        self.choose_form_()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
         if self.form != "packed":
@@ -314,12 +308,6 @@ class FusedLinear(nn.Module):
         super().__setstate__(state)
         if self.form == "packed":
             self._hold(self.weight.detach(), "packed")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Nothing: the layer around it writes the stock names."""
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: the layer around it reads the stock names."""
 
 
 def stack(

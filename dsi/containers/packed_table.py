@@ -113,8 +113,8 @@ def _holds(words: Tensor, plain: Tensor) -> bool:
 def packs_table(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> bool:
     """Whether a weight of that kind is held packed, if its layout turns out to be readable.
 
-    At one row an fp32 product waits for memory in any layout: 12.2 ms a token packed, 12.0 plain (GPT-2 124M, 2-core
-    Zen 5).
+    At one row an fp32 product waits for memory in any layout: 12.2 ms a token packed, 12.0 plain (124 M parameters,
+    2-core Zen 5).
     """
     return dtype is torch.bfloat16 and len(shape) == 2 and choose_form(device, dtype, *shape) == "packed"
 

@@ -26,7 +26,7 @@ from dsi.drafting.replay import LayerCalled, Replay, Run, record
 from dsi.drafting.tape import ACTIVATION, Event, Tape
 from dsi.engine import InferenceEngine
 from dsi.errors import UnsupportedModelError
-from dsi.planner import BlockPlan
+from dsi.plans import BlockPlan
 from dsi.policy import Block, Norm, Packed, Policy
 from dsi.testing.compare import distance, forward
 from dsi.testing.inputs import Reads

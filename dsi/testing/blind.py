@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from dsi.planner import BlockPlan
+from dsi.plans import BlockPlan
 from dsi.policy import Config, Keep, Norm
 from dsi.testing.subject import Subject
 

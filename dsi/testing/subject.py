@@ -23,7 +23,7 @@ from dsi.containers.stand_in import StandIn
 from dsi.engine import InferenceEngine
 from dsi.errors import ConfigError, DsiError
 from dsi.fit import class_name, submodule
-from dsi.planner import Plan
+from dsi.plans import Plan
 from dsi.policy import Block, Norm, Policy
 from dsi.registry import Registry, stands
 from dsi.testing.compare import forward

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.core.probes import run_probe
 
 pytest.importorskip("diffusers")
 
@@ -17,17 +14,7 @@ FP32 = 1e-5
 @pytest.fixture(scope="module")
 def probed(root):
     """What each model gave."""
-    paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "policies"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.core.map_probe"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_probe("tests.core.map_probe", root)
 
 
 @pytest.mark.parametrize("model", ["unet", "vae"])

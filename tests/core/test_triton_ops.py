@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.core.probes import run_probe
 from tests.core.triton_probe import CASES, HALVES, MIXED, TUNED
 from tests.core.twins import FP32
 
@@ -43,17 +39,7 @@ ACCELERATED = {
 @pytest.fixture(scope="module")
 def probed(root):
     """What each case gave."""
-    paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "policies"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.core.triton_probe"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_probe("tests.core.triton_probe", root)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MIXED, *TUNED])

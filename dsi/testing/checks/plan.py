@@ -14,7 +14,7 @@ from dsi.containers.conv import FusedConv
 from dsi.containers.linear import FusedLinear
 from dsi.containers.ops import NormOp
 from dsi.fit import class_name
-from dsi.planner import BlockPlan, SlotPlan
+from dsi.plans import BlockPlan, SlotPlan
 from dsi.policy import Block
 from dsi.testing.checks.decoding import stepped
 from dsi.testing.compare import check_same, forward
