@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsi.policy import Attr, Block, Call, Concat, Const, Container, Linear, Norm, Policy, hookimpl
+from dsi_mmdit.streams import feed_forward, joint_slots
 
 DSI_API = (1, 2)
 
@@ -32,11 +33,6 @@ def head_norm(path: str) -> Norm:
     return Norm(path, kind="rms", cls="torch.nn.modules.normalization:RMSNorm")
 
 
-def feed_forward(name: str) -> dict[str, Any]:
-    """What a feed-forward must be like."""
-    return {f"{name}.net.0.__class__.__name__": "GELU", f"{name}.net.0.approximate": "tanh"}
-
-
 FLUX = Policy(
     name="flux",
     requires=("diffusers>=0.42",),
@@ -44,25 +40,7 @@ FLUX = Policy(
         Block(
             layer=f"{_MODULE}FluxTransformerBlock",
             container="flux:joint",
-            slots={
-                "modulation": Concat("norm1.linear", "norm1_context.linear"),
-                "norm_attn": Norm("norm1.norm"),
-                "norm_attn_context": Norm("norm1_context.norm"),
-                "qkv": Concat("attn.to_q", "attn.to_k", "attn.to_v"),
-                "qkv_context": Concat("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                "q_norm": head_norm("attn.norm_q"),
-                "k_norm": head_norm("attn.norm_k"),
-                "q_norm_context": head_norm("attn.norm_added_q"),
-                "k_norm_context": head_norm("attn.norm_added_k"),
-                "out": Linear("attn.to_out.0"),
-                "out_context": Linear("attn.to_add_out"),
-                "norm_mlp": Norm("norm2"),
-                "up": Linear("ff.net.0.proj"),
-                "down": Linear("ff.net.2"),
-                "norm_mlp_context": Norm("norm2_context"),
-                "up_context": Linear("ff_context.net.0.proj"),
-                "down_context": Linear("ff_context.net.2"),
-            },
+            slots=joint_slots(head_norm),
             facts={
                 "heads": Attr("attn.heads"),
                 "context_first": Const(True),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsi.policy import Attr, Block, Call, Concat, Const, Container, Linear, Norm, Policy, hookimpl
+from dsi_mmdit.streams import feed_forward, joint_slots
 
 DSI_API = (1, 2)
 
@@ -26,11 +27,6 @@ def plain(name: str) -> dict[str, Any]:
     }
 
 
-def feed_forward(name: str) -> dict[str, Any]:
-    """What a feed-forward must be like."""
-    return {f"{name}.net.0.__class__.__name__": "GELU", f"{name}.net.0.approximate": "tanh"}
-
-
 SD3 = Policy(
     name="sd3",
     requires=("diffusers>=0.42",),
@@ -39,27 +35,11 @@ SD3 = Policy(
             layer="diffusers.models.attention:JointTransformerBlock",
             container="sd3:joint",
             slots={
-                "modulation": Concat("norm1.linear", "norm1_context.linear"),
-                "norm_attn": Norm("norm1.norm"),
-                "norm_attn_context": Norm("norm1_context.norm"),
-                "qkv": Concat("attn.to_q", "attn.to_k", "attn.to_v"),
-                "qkv_context": Concat("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                "q_norm": head_norm("attn.norm_q"),
-                "k_norm": head_norm("attn.norm_k"),
-                "q_norm_context": head_norm("attn.norm_added_q"),
-                "k_norm_context": head_norm("attn.norm_added_k"),
-                "out": Linear("attn.to_out.0"),
-                "out_context": Linear("attn.to_add_out"),
+                **joint_slots(head_norm),
                 "qkv_dual": Concat("attn2.to_q", "attn2.to_k", "attn2.to_v"),
                 "q_norm_dual": head_norm("attn2.norm_q"),
                 "k_norm_dual": head_norm("attn2.norm_k"),
                 "out_dual": Linear("attn2.to_out.0"),
-                "norm_mlp": Norm("norm2"),
-                "up": Linear("ff.net.0.proj"),
-                "down": Linear("ff.net.2"),
-                "norm_mlp_context": Norm("norm2_context"),
-                "up_context": Linear("ff_context.net.0.proj"),
-                "down_context": Linear("ff_context.net.2"),
             },
             facts={
                 "heads": Attr("attn.heads"),
